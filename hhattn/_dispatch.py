@@ -1,0 +1,117 @@
+"""Choose which implementation of an op runs.
+
+Order of authority: ``impl=`` of the call, then :func:`use_impl`, then the environment variable ``HHATTN_IMPL``, then the
+first implementation of :data:`ORDER` that accepts the call. An explicit choice that cannot run raises with its reason; an
+automatic choice falls through and logs the reason once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+log = logging.getLogger("hhattn")
+
+ORDER = ("cuda", "triton", "cpp", "reference")
+NAMES = (*ORDER, "flash")
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of one op.
+
+    ``can_run(*args, **kwargs)`` takes the arguments of ``fn`` and returns None, or the reason why it can't run them.
+    Called without arguments by :func:`hhattn.info`, it must answer for this machine alone.
+    """
+
+    op: str
+    name: str
+    fn: Callable[..., Any]
+    can_run: Callable[..., str | None]
+
+
+_registry: dict[str, dict[str, Impl]] = {}
+_forced: list[str | None] = [None]
+_logged: set[tuple[str, str, str]] = set()
+
+
+def always(*_: Any, **__: Any) -> None:
+    """``can_run`` of an implementation that takes every valid call."""
+
+
+def register(
+    op: str, name: str, can_run: Callable[..., str | None] = always
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: make ``fn`` the implementation ``name`` of ``op``."""
+
+    def add(fn: Callable[..., Any]) -> Callable[..., Any]:
+        _registry.setdefault(op, {})[name] = Impl(op, name, fn, can_run)
+        return fn
+
+    return add
+
+
+def implementations(op: str | None = None) -> list[Impl]:
+    """Every registered implementation (of ``op``), in order of preference."""
+    ops = _registry if op is None else {op: _registry[op]}
+    return [impls[n] for impls in ops.values() for n in NAMES if n in impls]
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}={name!r}: unknown implementation; accepted: {', '.join(NAMES)} or None")
+    return name
+
+
+@contextmanager
+def use_impl(name: str | None) -> Iterator[None]:
+    """Within the block every hhattn op runs on implementation ``name`` ("reference", "cpp", "triton", "cuda", "flash"; None
+    restores the automatic choice). Raises ValueError for an unknown name, and the op raises if ``name`` can't run it."""
+    if name is not None:
+        _check_name(name, "use_impl")
+    before, _forced[0] = _forced[0], name
+    try:
+        yield
+    finally:
+        _forced[0] = before
+
+
+def _log_fallback(op: str, name: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (op, name, reason) in _logged:
+        return
+    _logged.add((op, name, reason))
+    log.info("hhattn.%s: %s not used: %s", op, name, reason)
+
+
+def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` on the implementation that the rules above choose.
+
+    Raises ValueError for an unknown implementation name, RuntimeError when an explicit choice can't run these arguments.
+    """
+    impls = _registry[op]
+    if impl is not None:
+        chosen, source = _check_name(impl, "impl"), "impl"
+    elif _forced[0] is not None:
+        chosen, source = _forced[0], "use_impl"
+    else:
+        env = os.environ.get("HHATTN_IMPL", "")
+        chosen, source = (_check_name(env, "HHATTN_IMPL"), "HHATTN_IMPL") if env else (None, "")
+    if chosen is not None:
+        if chosen not in impls:
+            raise RuntimeError(f"hhattn.{op}: {source}={chosen!r} has no such implementation; it has: {', '.join(impls)}")
+        if reason := impls[chosen].can_run(*args, **kwargs):
+            others = [i.name for i in implementations(op) if i.name != chosen and i.can_run(*args, **kwargs) is None]
+            raise RuntimeError(f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others)}")
+        return impls[chosen].fn(*args, **kwargs)
+    for name in ORDER:
+        if name in impls:
+            if (reason := impls[name].can_run(*args, **kwargs)) is None:
+                return impls[name].fn(*args, **kwargs)
+            _log_fallback(op, name, reason)
+    raise RuntimeError(f"hhattn.{op}: no implementation can run this call")
