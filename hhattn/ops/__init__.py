@@ -1,0 +1,1 @@
+"""The public ops, one module each: documentation, validation, shapes for tracing, gradients."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one module an op, under the op's own stem. Installed as ``hhattn.kernels``."""
