@@ -1,0 +1,173 @@
+"""Block-causal linear attention as a formula in PyTorch: the oracle, and what runs where no kernel does.
+
+For token p of chunk c, with φ the feature map, ψ the numerator map, R_p the rotation at position p, g the key gate and
+λ the decay::
+
+    KV_c = λ_c · KV_{c-1} + Σ_{j in chunk c} g_j · R_j ψ(k_j) v_jᵀ          (KV_{-1}, K_{-1} = initial_state)
+    K_c  = λ_c · K_{c-1}  + Σ_{j in chunk c} φ(k_j)
+    out_p = (R_p ψ(q_p))ᵀ KV_c / (φ(q_p)ᵀ K_c + eps)
+
+All chunks are computed at once: one batched matrix product for the sums of a run of equally long chunks, a prefix over
+the chunks, one batched product for the outputs. Everything is summed in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hhattn._dispatch import register
+
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "identity": lambda x: x,
+    "elu1": lambda x: F.elu(x) + 1,
+    "relu2": lambda x: F.relu(x).square(),
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+class Run(NamedTuple):
+    """``count`` chunks of ``length`` tokens one after another, the first of them at token ``start``."""
+
+    start: int
+    count: int
+    length: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, H, S, D] -> this run's tokens [B, H, count, length, D], a view."""
+        return x.narrow(2, self.start, self.count * self.length).unflatten(2, (self.count, self.length))
+
+
+def chunk_runs(chunk_lens: int | Sequence[int] | None, tokens: int) -> list[Run]:
+    """The chunks of ``tokens`` tokens as runs of equal length, so that every run is one reshape and one product."""
+    if chunk_lens is None:
+        return [Run(0, 1, tokens)]
+    if isinstance(chunk_lens, int):
+        full, rest = divmod(tokens, chunk_lens)
+        runs = [Run(0, full, chunk_lens)] if full else []
+        return [*runs, Run(full * chunk_lens, 1, rest)] if rest else runs
+    runs, start = [], 0
+    for length, group in groupby(chunk_lens):
+        runs.append(Run(start, len(list(group)), length))
+        start += runs[-1].count * length
+    return runs
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_0, x_1), (x_2, x_3), … of [..., D] by the angles of ``cos``, ``sin`` [..., D] (each twice).
+
+    As one complex product: the same formula written on strided halves takes ten times as long on a CPU.
+    """
+    turn = torch.complex(cos[..., 0::2].to(x.dtype), sin[..., 1::2].to(x.dtype))
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def decayed_prefix(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
+    """y_c = decay_c · y_{c-1} + x_c over dim 2 of [B, H, N, ...], decay [B, H, N]; in log2(N) vectorised steps.
+
+    ``reverse`` gives its transpose, y_c = x_c + decay_{c+1} · y_{c+1}. No division by a cumulated decay, so that a decay
+    of 0 (forget everything) is exact.
+    """
+    if reverse:
+        decay = F.pad(decay, (0, 1))[:, :, 1:].flip(2)
+        return decayed_prefix(x.flip(2), decay).flip(2)
+    factor = decay.reshape(*decay.shape, *(1,) * (x.ndim - 3))
+    step = 1
+    while step < x.shape[2]:
+        x = torch.cat((x[:, :, :step], torch.addcmul(x[:, :, step:], factor[:, :, step:], x[:, :, :-step])), 2)
+        factor = torch.cat((factor[:, :, :step], factor[:, :, step:] * factor[:, :, :-step]), 2)
+        step *= 2
+    return x
+
+
+class _DecayedPrefix(torch.autograd.Function):
+    """:func:`decayed_prefix` that keeps its result only, not the log2(N) steps, for the backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, decay: Tensor) -> Tensor:
+        y = decayed_prefix(x, decay)
+        ctx.save_for_backward(y, decay)
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        y, decay = ctx.saved_tensors
+        grad_x = decayed_prefix(grad, decay, reverse=True)
+        carried = (grad_x[:, :, 1:] * y[:, :, :-1]).flatten(3).sum(-1)
+        return grad_x, F.pad(carried, (1, 0))
+
+
+def _prefix(sums: Tensor, decay: Tensor | None, initial: Tensor | None) -> Tensor:
+    """Per-chunk sums [B, H, N, ...] -> what each chunk sees: its own sum and the decayed sums of all before it."""
+    if initial is not None:
+        if decay is not None:
+            initial = initial * decay[:, :, 0].reshape(*decay.shape[:2], *(1,) * (initial.ndim - 2))
+        sums = torch.cat((sums[:, :, :1] + initial[:, :, None], sums[:, :, 1:]), 2)
+    if sums.shape[2] == 1:
+        return sums
+    return sums.cumsum(2) if decay is None else _DecayedPrefix.apply(sums, decay)
+
+
+def _chunk_sums(runs: list[Run], key: Tensor, value: Tensor | None) -> Tensor:
+    """Σ k vᵀ [B, H, N, D, Dv] of each chunk, or Σ k [B, H, N, D] without ``value``."""
+    if value is None:
+        return torch.cat([run.split(key).sum(3) for run in runs], 2)
+    return torch.cat([run.split(key).transpose(3, 4) @ run.split(value) for run in runs], 2)
+
+
+def _apply(runs: list[Run], query: Tensor, state: Tensor) -> Tensor:
+    """Each chunk's queries [B, H, S, D] times its state [B, H, N, D, Dv] -> [B, H, S, Dv]."""
+    counts = [run.count for run in runs]
+    outs = [(run.split(query) @ s).flatten(2, 3) for run, s in zip(runs, state.split(counts, 2), strict=True)]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+
+@register("block_linear_attention", "reference")
+def block_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_lens: int | Sequence[int] | None,
+    rope: tuple[Tensor, Tensor] | None,
+    feature_map: str,
+    numerator_map: str,
+    key_gate: Tensor | None,
+    decay: Tensor | None,
+    normalize: bool,
+    eps: float,
+    initial_state: tuple[Tensor, Tensor] | None,
+    output_final_state: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The formula above on validated arguments: every head count equal to q's, ``decay`` [B, H, N], state (kv, k_sum)."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    runs = chunk_runs(chunk_lens, q.shape[1])
+    groups = q.shape[2] // k.shape[2]
+    query, key, value = (x.transpose(1, 2).to(dtype).contiguous() for x in (q, k, v))
+    phi, psi = FEATURE_MAPS[feature_map], FEATURE_MAPS[numerator_map]
+    phi_q, phi_k = phi(query), phi(key)
+    psi_q, psi_k = (phi_q, phi_k) if numerator_map == feature_map else (psi(query), psi(key))
+    if rope is not None:
+        psi_q, psi_k = rotate(psi_q, *rope), rotate(psi_k, *rope)
+    if key_gate is not None:
+        psi_k = psi_k * key_gate.transpose(1, 2)[..., None].to(dtype)
+
+    decay = None if decay is None else decay.to(dtype)
+    kv0, k_sum0 = (None, None) if initial_state is None else initial_state
+    kv = _chunk_sums(runs, psi_k, value).repeat_interleave(groups, 1) if groups > 1 else _chunk_sums(runs, psi_k, value)
+    kv = _prefix(kv, decay, kv0)
+    k_sum = _chunk_sums(runs, phi_k, None)
+    k_sum = _prefix(k_sum.repeat_interleave(groups, 1) if groups > 1 else k_sum, decay, k_sum0)
+
+    out = _apply(runs, psi_q, kv)
+    if normalize:
+        out = out / (_apply(runs, phi_q, k_sum[..., None]) + eps)
+    out = out.transpose(1, 2).to(q.dtype).contiguous()
+    return out, (kv[:, :, -1], k_sum[:, :, -1]) if output_final_state else None
