@@ -1,0 +1,55 @@
+"""The projections every attention layer owns: q, k, v, the q/k norms, and the way out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+QK_NORMS = ("rms_across_heads", "rms", None)
+
+
+class AttentionProjections(nn.Module):
+    """``to_q``, ``to_k``, ``to_v``, ``to_out`` (nn.Linear), ``norm_q``, ``norm_k`` (nn.RMSNorm or None), named as in diffusers.
+
+    ``qk_norm="rms_across_heads"`` norms over all heads together (Wan, SANA-Video, LTX), ``"rms"`` each head for itself
+    (HunyuanVideo), None not at all. Raises ValueError for an unknown norm or heads that don't divide.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        qk_norm: str | None = "rms_across_heads",
+        bias: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm={qk_norm!r}; accepted: {', '.join(map(repr, QK_NORMS))}")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} doesn't divide dim={dim}; give head_dim, or heads that divide")
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads={num_kv_heads}; accepted: a divisor of num_heads={num_heads}")
+        self.head_dim = head_dim or dim // num_heads
+        self.qk_norm = qk_norm
+        inner, kv_inner = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(dim, kv_inner, bias=bias)
+        self.to_v = nn.Linear(dim, kv_inner, bias=bias)
+        self.to_out = nn.Linear(inner, dim, bias=bias)
+        across = qk_norm == "rms_across_heads"
+        self.norm_q = None if qk_norm is None else nn.RMSNorm(inner if across else self.head_dim, eps=norm_eps)
+        self.norm_k = None if qk_norm is None else nn.RMSNorm(kv_inner if across else self.head_dim, eps=norm_eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, S, H·D] -> [B, S, H, D]"""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def norm(self, norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
+        """The q or k norm on [B, S, H·D] -> [B, S, H, D]."""
+        if norm is None:
+            return self.heads(x)
+        return self.heads(norm(x)) if self.qk_norm == "rms_across_heads" else norm(self.heads(x))

@@ -1,0 +1,45 @@
+"""adaLN: a norm followed by a modulation, with the gated residual in front of it where there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import hhattn
+
+
+class NormModulate(nn.Module):
+    """norm(x)·(1 + scale) + shift by :func:`hhattn.norm_modulate`, over the last dim of [B, S, ``dim``].
+
+    ``elementwise_affine=True`` adds a learned ``weight`` (and ``bias`` for norm="layer"). Raises ValueError for an unknown norm.
+    """
+
+    def __init__(self, dim: int, *, norm: str = "rms", eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__()
+        if norm not in ("rms", "layer"):
+            raise ValueError(f"norm={norm!r}; accepted: 'rms', 'layer'")
+        self.norm, self.eps = norm, eps
+        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if elementwise_affine and norm == "layer" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, C] -> y, or (y, residual + gate·x) when ``residual`` is given; scale, shift, gate [B, 1 | F | S, C]."""
+        return hhattn.norm_modulate(
+            x,
+            scale,
+            shift,
+            weight=self.weight,
+            bias=self.bias,
+            norm=self.norm,
+            eps=self.eps,
+            residual=residual,
+            gate=gate,
+        )

@@ -1,0 +1,41 @@
+"""Rotary tables for a video's grid of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import hhattn
+
+
+class Rope3D(nn.Module):
+    """:func:`hhattn.rope_3d` with its settings kept; no parameters, no table, hence no longest clip."""
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 1e4,
+        axes_dims: tuple[int, int, int] | None = None,
+        rotate: str = "interleaved",
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.axes_dims, self.rotate = head_dim, theta, axes_dims, rotate
+
+    def forward(
+        self,
+        grid: tuple[int, int, int],
+        *,
+        offset: tuple[float, float, float] = (0, 0, 0),
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(frames, height, width) -> cos, sin [frames·height·width, head_dim], positions counted from ``offset``."""
+        return hhattn.rope_3d(
+            grid,
+            self.head_dim,
+            theta=self.theta,
+            axes_dims=self.axes_dims,
+            offset=offset,
+            rotate=self.rotate,
+            device=device,
+        )
