@@ -1,0 +1,268 @@
+"""Normalise queries and keys, rotate them by their position, and lay them out tile by tile: one pass before attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hhattn import _dispatch, _ext
+from hhattn.layout import VideoLayout
+from hhattn.ops import _check
+from hhattn.ops._norm import normalize, normalize_backward
+from hhattn.ops.rope_3d import ROTATIONS
+from hhattn.reference.qk_norm_rope import qk_norm_rope as _reference
+
+OP = "qk_norm_rope"
+NORMS = (None, "rms", "layer")
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    norm: str | None = "rms",
+    across_heads: bool = False,
+    rotate: str = "interleaved",
+    eps: float = 1e-6,
+    text_len: int = 0,
+    text_first: bool = False,
+    layout: VideoLayout | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Norm of q and k, rotary embedding, and the change to tile order, in one pass.
+
+    .. math::
+        \hat x &= \operatorname{norm}(x) \cdot \text{weight} + \text{bias} \\
+        y_a &= \hat x_a \cos_a - \hat x_b \sin_a, \quad y_b = \hat x_b \cos_b + \hat x_a \sin_b
+
+    for each pair (a, b) of dims: (2i, 2i+1) when interleaved, (i, i + D/2) in halves.
+
+    Args:
+        q: [B, S, H, D], float32, float16 or bfloat16, raster order.
+        k: [B, S, H_kv, D], H a multiple of H_kv.
+        cos, sin: [S_video, D] as :func:`hhattn.rope_3d` gives them, or [1 or B, S_video, 1 or H, D]; S_video = S − text_len.
+            Both None: no rotation.
+        q_weight, k_weight, q_bias, k_bias: the affine part of the norms: [D], or [H·D] for q and [H_kv·D] for k with
+            ``across_heads``.
+        norm: "rms", "layer", or None for none.
+        across_heads: one norm over all H·D channels of a token instead of one for each head.
+        rotate: "interleaved" or "half".
+        eps: added under the root.
+        text_len, text_first: how many text tokens follow (precede) the video tokens; they are normed, not rotated.
+        layout: write the result in the tile order of this :class:`hhattn.VideoLayout`, whose ``text_len`` and
+            ``text_first`` hold unless the arguments say the same.
+        impl: "reference", "cpp", ...; None chooses.
+
+    Returns:
+        (q, k), shapes and dtypes of the inputs. Everything between is float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: ``impl`` can't run this call.
+
+    Source: RMSNorm (Zhang & Sennrich, 2019), query-key normalisation (Henry et al., 2020), RoFormer (Su et al., 2021).
+    """
+    if layout is not None:
+        text_len, text_first = _layout_text(layout, text_len, text_first)
+    _validate(q, k, norm, across_heads, rotate, eps, text_len, layout)
+    _validate_affine(q, k, norm, across_heads, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+    cos, sin = _tables(q, k, cos, sin, text_len)
+    order = None if layout is None else layout.tile_index(q.device)
+    affine = (q_weight, k_weight, q_bias, k_bias)
+    where = (text_len, text_first, order)
+    return _dispatch.call(OP, impl, q, k, cos, sin, *affine, norm, across_heads, rotate, eps, *where)
+
+
+def _layout_text(layout: VideoLayout, text_len: int, text_first: bool) -> tuple[int, bool]:
+    if not isinstance(layout, VideoLayout):
+        raise TypeError(f"layout must be a hhattn.VideoLayout, got {type(layout).__name__}")
+    if text_len and (text_len, text_first) != (layout.text_len, layout.text_first):
+        raise ValueError(
+            f"text_len={text_len}, text_first={text_first} contradict layout, which has text_len={layout.text_len}, "
+            f"text_first={layout.text_first}; leave them out"
+        )
+    return layout.text_len, layout.text_first
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    norm: str | None,
+    across_heads: bool,
+    rotate: str,
+    eps: float,
+    text_len: int,
+    layout: VideoLayout | None,
+) -> None:
+    _check.tensor("q", q, 4)
+    _check.tensor("k", k, 4)
+    _check.device("k", k, "q", q)
+    batch, tokens, heads, dim = q.shape
+    _check.shape("k", k, (batch, tokens, k.shape[2], dim), "[B, S, H_kv, D]")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"k has {k.shape[2]} heads; they must divide q's H = {heads}")
+    _check.one_of("norm", norm, NORMS)
+    _check.one_of("rotate", rotate, ROTATIONS)
+    _check.eps(eps)
+    if across_heads and norm is None:
+        raise ValueError("across_heads=True needs a norm: 'rms' or 'layer'")
+    if not 0 <= text_len <= tokens:
+        raise ValueError(f"text_len={text_len} must be between 0 and S = {tokens}")
+    if layout is not None and layout.seq_len != tokens:
+        raise ValueError(f"layout has {layout.seq_len} tokens, q has S = {tokens}")
+
+
+def _validate_affine(q: Tensor, k: Tensor, norm: str | None, across_heads: bool, **affine: Tensor | None) -> None:
+    for name, value in affine.items():
+        if value is None:
+            continue
+        if norm is None:
+            raise ValueError(f"{name} needs a norm: 'rms' or 'layer'")
+        x = q if name.startswith("q") else k
+        _check.tensor(name, value, 1)
+        size, letters = (x.shape[2] * x.shape[3], "[H·D]") if across_heads else (x.shape[3], "[D]")
+        _check.shape(name, value, (size,), letters)
+        _check.device(name, value, "q", q)
+
+
+def _tables(
+    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, text_len: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin, checked, as [1 or B, S_video, 1 or H, D]."""
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise ValueError("cos and sin must both be given, or both be None")
+        return None, None
+    batch, tokens, heads, dim = q.shape
+    if dim % 2:
+        raise ValueError(f"q has D = {dim}; rotary pairs need an even D (pass cos=None, sin=None for no rotation)")
+    out = []
+    for name, value in (("cos", cos), ("sin", sin)):
+        _check.tensor(name, value, 2 if isinstance(value, Tensor) and value.ndim == 2 else 4)
+        _check.device(name, value, "q", q)
+        full = value[None, :, None] if value.ndim == 2 else value
+        fits = full.shape[0] in (1, batch) and full.shape[2] in (1, heads)
+        if not fits or full.shape[1] != tokens - text_len or full.shape[3] != dim:
+            raise ValueError(
+                f"{name} must have shape [S_video, D] = ({tokens - text_len}, {dim}) or [1 or B, S_video, 1 or H, D], "
+                f"S_video = S − text_len = {tokens} − {text_len}; got {tuple(value.shape)}"
+            )
+        if full.shape[2] != 1 and k.shape[2] != heads:
+            raise ValueError(f"{name} differs by head, which needs H_kv = H; got H = {heads}, H_kv = {k.shape[2]}")
+        out.append(full)
+    if out[0].shape != out[1].shape:
+        raise ValueError(f"cos and sin must have one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    return out[0], out[1]
+
+
+_dispatch.register(OP, "reference")(_reference)
+
+
+def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    if not _ext.has_op(OP):
+        return _ext.why_missing()
+    if q is None:
+        return None
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; cpp runs on the CPU"
+    names = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
+    for name, value in zip(names, (q, *rest), strict=False):
+        if value is not None and value.shape[-1] > 1 and value.stride(-1) != 1:
+            return f"the last dim of {name} is not contiguous (stride {value.stride(-1)})"
+    return None
+
+
+@_dispatch.register(OP, "cpp", _cpp_can_run)
+def _cpp(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    norm: str | None,
+    across_heads: bool,
+    rotate: str,
+    eps: float,
+    text_len: int,
+    text_first: bool,
+    order: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    affine = (q_weight, k_weight, q_bias, k_bias)
+    how = (NORMS.index(norm), across_heads, rotate == "interleaved", eps)
+    start = text_len if text_first else 0
+    return torch.ops.hhattn.qk_norm_rope(q, k, cos, sin, *affine, *how, start, order)
+
+
+def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, norm, ctx.across_heads, ctx.interleaved, ctx.eps, ctx.start, order = inputs
+    ctx.norm = NORMS[norm]
+    ctx.save_for_backward(*tensors, order)
+
+
+def _turn(x: Tensor, interleaved: bool) -> Tensor:
+    """Each pair (a, b) of the last dim becomes (−b, a)."""
+    shape = (x.shape[-1] // 2, 2) if interleaved else (2, x.shape[-1] // 2)
+    pairs = x.unflatten(-1, shape)
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    return torch.stack((-b, a), -1 if interleaved else -2).flatten(-2)
+
+
+def _backward_one(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad: Tensor, tables: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients in x, weight, bias, cos and sin of one of the two tensors, from its inputs alone."""
+    cos, sin, order = tables
+    g = grad.float()
+    if order is not None:
+        g = torch.empty_like(g).index_copy(1, order, g)
+    n, rstd = x.float().flatten(2) if ctx.across_heads else x.float(), None
+    if ctx.norm is not None:
+        n, rstd = normalize(n, ctx.norm, ctx.eps)
+    grad_cos = grad_sin = None
+    if cos is not None and sin is not None:
+        y = n if weight is None else n * weight.float()
+        y = (y if bias is None else y + bias.float()).view(x.shape)
+        stop = ctx.start + cos.shape[1]
+        video, gv = y[:, ctx.start : stop], g[:, ctx.start : stop]
+        grad_cos = (gv * video).sum_to_size(cos.shape)
+        grad_sin = (gv * _turn(video, ctx.interleaved)).sum_to_size(sin.shape)
+        gv = gv * cos.float() - _turn(gv * sin.float(), ctx.interleaved)
+        g = torch.cat((g[:, : ctx.start], gv, g[:, stop:]), 1)
+    g = g.reshape(n.shape)
+    leading = tuple(range(g.ndim - 1))
+    grad_bias = None if bias is None else g.sum(leading).to(bias.dtype)
+    grad_weight = None if weight is None else (g * n).sum(leading).to(weight.dtype)
+    g = g if weight is None else g * weight.float()
+    g = g if rstd is None else normalize_backward(g, n, rstd, ctx.norm)
+    return g.view(x.shape).to(x.dtype), grad_weight, grad_bias, grad_cos, grad_sin
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    """The formula's gradient: rotate back by the same angles, then the gradient of the norm."""
+    q, k, cos, sin, q_weight, k_weight, q_bias, k_bias, order = ctx.saved_tensors
+    tables = (cos, sin, order)
+    dq, dq_weight, dq_bias, dq_cos, dq_sin = _backward_one(ctx, q, q_weight, q_bias, grad_q, tables)
+    dk, dk_weight, dk_bias, dk_cos, dk_sin = _backward_one(ctx, k, k_weight, k_bias, grad_k, tables)
+    d_cos = None if cos is None else (dq_cos + dk_cos).to(cos.dtype)
+    d_sin = None if sin is None else (dq_sin + dk_sin).to(sin.dtype)
+    return dq, dk, d_cos, d_sin, dq_weight, dk_weight, dq_bias, dk_bias, None, None, None, None, None, None
+
+
+if _ext.has_op(OP):
+    torch.library.register_fake("hhattn::qk_norm_rope", _fake)
+    torch.library.register_autograd("hhattn::qk_norm_rope", _backward, setup_context=_setup)
