@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hhattn.ops.qk_norm_rope import qk_norm_rope
+
 QK_NORMS = ("rms_across_heads", "rms", None)
 
 
 class AttentionProjections(nn.Module):
-    """``to_q``, ``to_k``, ``to_v``, ``to_out`` (nn.Linear), ``norm_q``, ``norm_k`` (nn.RMSNorm or None), named as in diffusers.
+    """``to_q``, ``to_k``, ``to_v``, ``to_out`` (nn.Linear) and ``norm_q``, ``norm_k`` (nn.RMSNorm or None).
 
     ``qk_norm="rms_across_heads"`` norms over all heads together (Wan, SANA-Video, LTX), ``"rms"`` each head for itself
     (HunyuanVideo), None not at all. Raises ValueError for an unknown norm or heads that don't divide.
@@ -34,7 +36,7 @@ class AttentionProjections(nn.Module):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads}; accepted: a divisor of num_heads={num_heads}")
         self.head_dim = head_dim or dim // num_heads
-        self.qk_norm = qk_norm
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
         inner, kv_inner = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(dim, kv_inner, bias=bias)
@@ -48,8 +50,19 @@ class AttentionProjections(nn.Module):
         """[B, S, H·D] -> [B, S, H, D]"""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def norm(self, norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-        """The q or k norm on [B, S, H·D] -> [B, S, H, D]."""
-        if norm is None:
-            return self.heads(x)
-        return self.heads(norm(x)) if self.qk_norm == "rms_across_heads" else norm(self.heads(x))
+    def queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, S, C] -> q [B, S, H, D], k [B, S, H_kv, D], normed, and rotated by ``rope`` = (cos, sin) [S, D]."""
+        q, k = self.heads(self.to_q(x)), self.heads(self.to_k(x))
+        cos, sin = (None, None) if rope is None else rope
+        if self.norm_q is None or self.norm_k is None:
+            return (q, k) if rope is None else qk_norm_rope(q, k, cos, sin, norm=None)
+        return qk_norm_rope(
+            q,
+            k,
+            cos,
+            sin,
+            q_weight=self.norm_q.weight,
+            k_weight=self.norm_k.weight,
+            across_heads=self.qk_norm == "rms_across_heads",
+            eps=self.norm_eps,
+        )

@@ -54,9 +54,10 @@ class BlockLinearAttention(AttentionProjections):
 
         Streaming: hand each call the tokens of the next chunk and the state the call before returned.
         """
+        q, k = self.queries_and_keys(x)  # the op rotates them itself, after the feature map
         out = block_linear_attention(
-            self.norm(self.norm_q, self.to_q(x)),
-            self.norm(self.norm_k, self.to_k(x)),
+            q,
+            k,
             self.heads(self.to_v(x)),
             chunk_lens=chunk_lens,
             rope=rope,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class BlockSparseAttention(AttentionProjections):
-    """Self-attention by :func:`hhattn.block_sparse_attention`; q and k are normed and rotated by :func:`hhattn.qk_norm_rope`.
+    """Self-attention by :func:`hhattn.block_sparse_attention`; :func:`hhattn.qk_norm_rope` norms and rotates q and k.
 
     The settings are those of :class:`~hhattn.nn._projections.AttentionProjections`.
     """
@@ -32,30 +32,15 @@ class BlockSparseAttention(AttentionProjections):
         """x [B, S, C] -> [B, S, C].
 
         mask: queries are this call's S tokens, keys the Sc cached ones followed by this call's.
-        rope: (cos, sin) [S, D] at this call's positions. Keys are rotated before they are cached, so a cached key keeps the
-            position it was made at.
+        rope: (cos, sin) [S, D] at this call's positions. Keys are rotated before they are cached, so a cached key keeps
+            the position it was made at.
         kv_cache: (k, v), each [B, Sc, H_kv, D], of past tokens.
         return_kv: also return this call's own (k, v) [B, S, H_kv, D], for the caller's ring of past frames.
         """
-        q, k = self._queries_and_keys(x, rope)
+        q, k = self.queries_and_keys(x, rope)
         v = self.heads(self.to_v(x))
-        keys, values = (
-            (k, v) if kv_cache is None else (torch.cat((a, b), 1) for a, b in zip(kv_cache, (k, v), strict=True))
-        )
+        keys, values = k, v
+        if kv_cache is not None:
+            keys, values = (torch.cat((past, new), 1) for past, new in zip(kv_cache, (k, v), strict=True))
         out = self.to_out(hhattn.block_sparse_attention(q, keys, values, mask).flatten(2))
         return (out, (k, v)) if return_kv else out
-
-    def _queries_and_keys(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        q, k = self.to_q(x), self.to_k(x)
-        if rope is None:
-            return self.norm(self.norm_q, q), self.norm(self.norm_k, k)
-        return hhattn.qk_norm_rope(
-            self.heads(q),
-            self.heads(k),
-            *rope,
-            q_weight=None if self.norm_q is None else self.norm_q.weight,
-            k_weight=None if self.norm_k is None else self.norm_k.weight,
-            norm=None if self.qk_norm is None else "rms",
-            across_heads=self.qk_norm == "rms_across_heads",
-            eps=1e-6 if self.norm_q is None else self.norm_q.eps,
-        )

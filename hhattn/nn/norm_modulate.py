@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import hhattn
+from hhattn.ops.norm_modulate import norm_modulate
 
 
 class NormModulate(nn.Module):
     """norm(x)·(1 + scale) + shift by :func:`hhattn.norm_modulate`, over the last dim of [B, S, ``dim``].
 
-    ``elementwise_affine=True`` adds a learned ``weight`` (and ``bias`` for norm="layer"). Raises ValueError for an unknown norm.
+    ``elementwise_affine=True`` adds a learned ``weight``, and ``bias`` for norm="layer". Raises ValueError for another
+    norm.
     """
 
     def __init__(self, dim: int, *, norm: str = "rms", eps: float = 1e-6, elementwise_affine: bool = False) -> None:
@@ -31,8 +32,8 @@ class NormModulate(nn.Module):
         residual: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, S, C] -> y, or (y, residual + gate·x) when ``residual`` is given; scale, shift, gate [B, 1 | F | S, C]."""
-        return hhattn.norm_modulate(
+        """x [B, S, C] -> y, or (y, residual + gate·x) given a residual; scale, shift and gate [B, 1 or F or S, C]."""
+        return norm_modulate(
             x,
             scale,
             shift,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import hhattn
+from hhattn.ops.qk_norm_rope import qk_norm_rope
 
 
 class QKNormRoPE(nn.Module):
-    """:func:`hhattn.qk_norm_rope` with its learned weights ``q_weight``, ``k_weight`` ([H·D] across heads, else [D])."""
+    """:func:`hhattn.qk_norm_rope` with its weights: ``q_weight``, ``k_weight``, [H·D] across heads, else [D]."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class QKNormRoPE(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, text_len: int = 0) -> tuple[Tensor, Tensor]:
         """q [B, S, H, D], k [B, S, H_kv, D], cos and sin [S - text_len, D] -> q, k normed and rotated."""
-        return hhattn.qk_norm_rope(
+        return qk_norm_rope(
             q,
             k,
             cos,

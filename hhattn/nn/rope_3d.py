@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import hhattn
+from hhattn.ops.rope_3d import rope_3d
 
 
 class Rope3D(nn.Module):
@@ -30,7 +30,7 @@ class Rope3D(nn.Module):
         device: torch.device | str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(frames, height, width) -> cos, sin [frames·height·width, head_dim], positions counted from ``offset``."""
-        return hhattn.rope_3d(
+        return rope_3d(
             grid,
             self.head_dim,
             theta=self.theta,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hhattn import _dispatch
+from hhattn.ops import _amp, _check
 from hhattn.reference import block_linear_attention as _reference
 
+OP = "block_linear_attention"
 FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# float64 too, so that gradients can be checked against finite differences
+_DTYPES = (*_check.DTYPES, torch.float64)
+
+_dispatch.register(OP, "reference")(_reference.block_linear_attention)
 
 
 class LinearAttentionState(NamedTuple):
@@ -37,11 +41,11 @@ class LinearAttentionState(NamedTuple):
         return LinearAttentionState(self.kv.detach(), self.k_sum.detach())
 
     def rebase(self, cos: Tensor, sin: Tensor) -> LinearAttentionState:
-        """Move the origin of the rotary positions forward by Δ, exactly; ``cos``, ``sin`` [D] or [1, D] are the angles of Δ.
+        """Move the origin of the rotary positions forward by Δ, exactly; ``cos``, ``sin`` [D] or [1, D] are Δ's angles.
 
         A key at position p entered as R(p)·ψ(k). Rotating the state's key axis by −Δ turns that into R(p − Δ)·ψ(k), the
-        sum of the same keys counted from the new origin, since rotations of one plane compose. ``k_sum`` is not rotated
-        and stays. So positions never outgrow a table, or the precision of an angle, however long the clip::
+        same keys counted from the new origin, since rotations of one plane compose. ``k_sum`` is not rotated and stays.
+        So positions never outgrow a table, or the precision of an angle, however long the clip::
 
             state = state.rebase(*hhattn.rope_3d((1, 1, 1), head_dim, offset=(frames, 0, 0)))
 
@@ -50,32 +54,26 @@ class LinearAttentionState(NamedTuple):
         dim = self.kv.shape[-2]
         for name, table in (("cos", cos), ("sin", sin)):
             if tuple(table.shape) not in {(dim,), (1, dim)}:
-                raise ValueError(f"{name} has shape {list(table.shape)}; accepted: [{dim}] or [1, {dim}]")
-        cos, sin = cos.reshape(dim), sin.reshape(dim)
+                raise ValueError(f"{name} must have shape [D] = ({dim},) or [1, D], got {tuple(table.shape)}")
+        cos, sin = (table.reshape(dim).to(self.kv.device) for table in (cos, sin))
         kv = _reference.rotate(self.kv.transpose(-1, -2), cos, -sin).transpose(-1, -2).contiguous()
         return LinearAttentionState(kv, self.k_sum)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {list(x.shape)}; accepted: [B, S, H, D]")
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.dtype != q.dtype:
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                f"{name} is {x.dtype}; accepted: one of {', '.join(map(str, _DTYPES))}, the same for q, k and v"
+                f"{name} must be a tensor of float32, float16 or bfloat16, one dtype for q, k and v, got {came}"
             )
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}; accepted: one device")
-    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"k has shape {list(k.shape)}; accepted: [B, S, H_kv, D] with q's B, S and D ({list(q.shape)})"
-        )
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v has shape {list(v.shape)}; accepted: [B, S, H_kv, Dv] with k's B, S and H_kv ({list(k.shape)})"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} heads; accepted: a multiple of k's {k.shape[2]}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
+        _check.device(name, x, "q", q)
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
+    _check.shape("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), "[B, S, H_kv, D]")
+    _check.shape("v", v, (*k.shape[:3], v.shape[3]), "[B, S, H_kv, Dv]")
 
 
 def _check_chunks(chunk_lens: int | Sequence[int] | None, tokens: int) -> int:
@@ -83,66 +81,71 @@ def _check_chunks(chunk_lens: int | Sequence[int] | None, tokens: int) -> int:
     if chunk_lens is None:
         return 1
     if isinstance(chunk_lens, (Tensor, str, bool)) or not isinstance(chunk_lens, (int, Sequence)):
-        raise TypeError(f"chunk_lens is {type(chunk_lens).__name__}; accepted: None, an int, or a list of ints")
+        raise TypeError(f"chunk_lens must be None, an int or a list of ints, got {type(chunk_lens).__name__}")
     lens = [chunk_lens] if isinstance(chunk_lens, int) else chunk_lens
     if not all(isinstance(n, int) and n > 0 for n in lens):
-        raise ValueError(f"chunk_lens={chunk_lens}; accepted: positive ints")
+        raise ValueError(f"chunk_lens must hold positive ints, got {chunk_lens}")
     if isinstance(chunk_lens, int):
-        return max(1, -(-tokens // chunk_lens))
+        return -(-tokens // chunk_lens)
     if sum(chunk_lens) != tokens:
-        raise ValueError(f"chunk_lens sums to {sum(chunk_lens)}; accepted: lengths that sum to S={tokens}")
+        raise ValueError(f"chunk_lens must sum to S = {tokens}, got {sum(chunk_lens)}")
     return len(chunk_lens)
 
 
-def _check_settings(q: Tensor, rope: tuple[Tensor, Tensor] | None, maps: dict[str, str]) -> None:
-    for name, value in maps.items():
-        if value not in FEATURE_MAPS:
-            raise ValueError(f"{name}={value!r}; accepted: {', '.join(FEATURE_MAPS)}")
+def _check_rope(rope: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
     if rope is None:
         return
     if q.shape[3] % 2:
-        raise ValueError(f"rope needs an even head dim; q has D={q.shape[3]}")
+        raise ValueError(f"rope turns pairs, so q must have an even head dim, got D = {q.shape[3]}")
     for name, table in zip(("cos", "sin"), rope, strict=True):
-        if table.shape != (q.shape[1], q.shape[3]):
-            raise ValueError(
-                f"rope: {name} has shape {list(table.shape)}; accepted: [S, D] = [{q.shape[1]}, {q.shape[3]}]"
-            )
+        _check.shape(f"rope: {name}", table, (q.shape[1], q.shape[3]), "[S, D]")
+        _check.device(f"rope: {name}", table, "q", q)
 
 
-def _per_head(name: str, x: Tensor, dim: int, heads: int, kv_heads: int) -> Tensor:
-    """``x`` with q's number of heads along ``dim``: given for key/value heads, each counts for its group of query heads."""
+def _per_query_head(name: str, x: Tensor, dim: int, heads: int, kv_heads: int) -> Tensor:
+    """``x`` with q's number of heads along ``dim``; what is given per key head counts for its group of query heads."""
     if x.shape[dim] == heads:
         return x
     if x.shape[dim] == kv_heads:
         return x.repeat_interleave(heads // kv_heads, dim)
-    raise ValueError(f"{name} has shape {list(x.shape)}; accepted: {heads} or {kv_heads} heads along dim {dim}")
+    raise ValueError(f"{name} must have {heads} (or {kv_heads}) heads along dim {dim}, got shape {tuple(x.shape)}")
 
 
-def _decay(decay: Tensor | None, q: Tensor, kv_heads: int, chunks: int) -> Tensor | None:
+def _check_gate(gate: Tensor | None, q: Tensor, kv_heads: int) -> None:
+    if gate is None:
+        return
+    if gate.ndim != 3 or gate.shape[:2] != q.shape[:2] or gate.shape[2] not in (q.shape[2], kv_heads):
+        raise ValueError(f"key_gate must have shape [B, S, H] = {tuple(q.shape[:3])}, got {tuple(gate.shape)}")
+    _check.device("key_gate", gate, "q", q)
+
+
+def _chunk_decay(decay: Tensor | None, q: Tensor, kv_heads: int, chunks: int) -> Tensor | None:
     """[H] or [B, n_chunks, H] -> [B, H, n_chunks]."""
     if decay is None:
         return None
     batch, heads = q.shape[0], q.shape[2]
     if decay.ndim not in (1, 3) or (decay.ndim == 3 and decay.shape[:2] != (batch, chunks)):
-        raise ValueError(
-            f"decay has shape {list(decay.shape)}; accepted: [H] or [B, n_chunks, H] = [{batch}, {chunks}, {heads}]"
-        )
-    decay = _per_head("decay", decay, decay.ndim - 1, heads, kv_heads)
+        expected = f"[H] = ({heads},) or [B, n_chunks, H] = {(batch, chunks, heads)}"
+        raise ValueError(f"decay must have shape {expected}, got {tuple(decay.shape)}")
+    _check.device("decay", decay, "q", q)
+    decay = _per_query_head("decay", decay, decay.ndim - 1, heads, kv_heads)
     return decay.expand(batch, chunks, heads).transpose(1, 2)
 
 
-def _state(state: tuple[Tensor, Tensor] | None, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+def _carried(state: tuple[Tensor, Tensor] | None, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The initial state with q's heads, in the dtype of the sums."""
     if state is None:
         return None
-    kv, k_sum = state
     batch, _, heads, dim = q.shape
-    if kv.ndim != 4 or kv.shape[0] != batch or kv.shape[2:] != (dim, v.shape[3]):
-        raise ValueError(f"initial_state.kv has shape {list(kv.shape)}; accepted: {[batch, heads, dim, v.shape[3]]}")
-    if k_sum.ndim != 3 or k_sum.shape[0] != batch or k_sum.shape[2] != dim:
-        raise ValueError(f"initial_state.k_sum has shape {list(k_sum.shape)}; accepted: {[batch, heads, dim]}")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    kv = _per_head("initial_state.kv", kv, 1, heads, v.shape[2])
-    return kv.to(dtype), _per_head("initial_state.k_sum", k_sum, 1, heads, v.shape[2]).to(dtype)
+    rest = {"kv": (dim, v.shape[3]), "k_sum": (dim,)}
+    carried = []
+    for (name, expected), x in zip(rest.items(), state, strict=True):
+        x = _per_query_head(f"initial_state.{name}", x, 1, heads, v.shape[2])
+        _check.shape(f"initial_state.{name}", x, (batch, heads, *expected), f"[B, H, D{', Dv' * (name == 'kv')}]")
+        _check.device(f"initial_state.{name}", x, "q", q)
+        carried.append(x.to(dtype))
+    return carried[0], carried[1]
 
 
 def block_linear_attention(
@@ -164,67 +167,68 @@ def block_linear_attention(
 ) -> Tensor | tuple[Tensor, LinearAttentionState]:
     """Linear attention in which a token sees its whole chunk and every chunk before it, at a cost linear in tokens.
 
-    For token p of chunk c, with φ = ``feature_map``, ψ = ``numerator_map``, R the rotation of ``rope``, g = ``key_gate``
-    and λ = ``decay``::
+    For token p of chunk c, with φ = ``feature_map``, ψ = ``numerator_map``, R the rotation of ``rope``,
+    g = ``key_gate`` and λ = ``decay``::
 
         KV_c = λ_c · KV_{c-1} + Σ_{j in c} g_j · R_j ψ(k_j) v_jᵀ        K_c = λ_c · K_{c-1} + Σ_{j in c} φ(k_j)
         out_p = (R_p ψ(q_p))ᵀ KV_c / (φ(q_p)ᵀ K_c + eps)
 
-    Shapes:
-        q: [B, S, H, D]; k: [B, S, H_kv, D]; v: [B, S, H_kv, Dv], H a multiple of H_kv; float32, float16 or bfloat16
-            (float64 for checking gradients), the last dim contiguous or not. Sums are float32 whatever the input.
-        chunk_lens: None, one chunk: bidirectional attention; an int, that many tokens a chunk, the last may be shorter; or
-            a list of lengths that sum to S. Host integers, so that no device is waited for.
+    SANA-Video 1.0 is the default setting; 2.0 is ``numerator_map="identity"``, ``key_gate=σ(β)``, ``eps=1e-8``.
+
+    Args:
+        q: [B, S, H, D]; k: [B, S, H_kv, D]; v: [B, S, H_kv, Dv], H a multiple of H_kv. float32, float16 or bfloat16
+            (float64 for checking gradients); sums are float32 whatever the input. Under autocast they are cast to its
+            dtype, as for torch's own attention.
+        chunk_lens: None, one chunk: bidirectional attention; an int, that many tokens a chunk, the last may be shorter;
+            or a list of lengths that sum to S. Host integers, so that no device is waited for.
         rope: (cos, sin), each [S, D], interleaved pairs, each frequency standing twice. It turns ψ(q) and ψ(k) in the
-            numerator; the denominator stays unrotated, so that it stays a sum of non-negative weights.
+            numerator; the denominator stays unrotated, a sum of weights that are not negative.
+        feature_map: "relu", "identity", "elu1" (elu + 1), "relu2" (squared relu) or "softmax" (over D).
+        numerator_map: another map for the numerator; None means ``feature_map``.
         key_gate: [B, S, H], multiplies keys in the numerator only.
         decay: [H] or [B, n_chunks, H], multiplies what is carried (the initial state too) before a chunk is added.
-        initial_state: what earlier calls left: kv [B, H, D, Dv] and k_sum [B, H, D]. Calls on consecutive whole chunks, the
-            state handed on, give what one call on all of them gives.
-        Gates, decays and states for H_kv heads are accepted too; the returned state has q's H heads.
-        Returns [B, S, H, Dv] in q's dtype, contiguous; with ``output_final_state`` also the :class:`LinearAttentionState`.
+        normalize: False returns the numerator.
+        eps: added to the denominator.
+        initial_state: what earlier calls left, a :class:`LinearAttentionState` or (kv [B, H, D, Dv], k_sum [B, H, D]).
+            Calls on consecutive whole chunks, the state handed on, give what one call on all of them gives.
+        output_final_state: also return the state after the last chunk.
+        impl: "reference", ...; None chooses.
 
-    ``feature_map`` is one of relu, identity, elu1 (elu + 1), relu2 (squared relu), softmax (over D). ``numerator_map=None``
-    means ``feature_map``. With ``normalize=False`` the numerator is the result. Memory is O(S) and O(n_chunks · D · Dv).
+    Gates, decays and states of H_kv heads are accepted too; a returned state has q's H heads.
 
-    SANA-Video 1.0 is the default setting; 2.0 is ``numerator_map="identity"``, ``key_gate=σ(β)``, ``eps=1e-8``. Under
-    autocast q, k and v are cast to its dtype as for torch's own attention.
+    Returns:
+        out [B, S, H, Dv] in q's dtype, contiguous; with ``output_final_state`` (out, :class:`LinearAttentionState`).
+        Memory is O(S) and O(n_chunks · D · Dv).
 
-    Raises TypeError or ValueError for arguments outside the above, RuntimeError if ``impl`` can't run here.
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: ``impl`` can't run this call.
 
-    Source: SANA-Video (arXiv:2509.24695), sections on linear attention and on block linear attention.
+    Source: SANA-Video (Chen et al., 2025, arXiv:2509.24695), linear attention and block linear attention.
     """
-    autocast = torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)
-    if autocast:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    q, k, v = _amp.cast(q, k, v)
     _check_tensors(q, k, v)
-    chunks = _check_chunks(chunk_lens, q.shape[1])
-    numerator_map = feature_map if numerator_map is None else numerator_map
-    _check_settings(q, rope, {"feature_map": feature_map, "numerator_map": numerator_map})
+    _check.one_of("feature_map", feature_map, FEATURE_MAPS)
+    _check.one_of("numerator_map", numerator_map, (None, *FEATURE_MAPS))
+    _check.eps(eps)
+    _check_rope(rope, q)
     heads, kv_heads = q.shape[2], k.shape[2]
-    if key_gate is not None:
-        if key_gate.ndim != 3 or key_gate.shape[:2] != q.shape[:2]:
-            raise ValueError(f"key_gate has shape {list(key_gate.shape)}; accepted: [B, S, H] = {list(q.shape[:3])}")
-        if key_gate.shape[2] != kv_heads:
-            key_gate = _per_head("key_gate", key_gate, 2, heads, kv_heads)
-            k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
+    _check_gate(key_gate, q, kv_heads)
+    settings = {
+        "chunk_lens": chunk_lens,
+        "rope": rope,
+        "feature_map": feature_map,
+        "numerator_map": numerator_map or feature_map,
+        "key_gate": key_gate,
+        "decay": _chunk_decay(decay, q, kv_heads, _check_chunks(chunk_lens, q.shape[1])),
+        "normalize": normalize,
+        "eps": eps,
+        "initial_state": _carried(initial_state, q, v),
+        "output_final_state": output_final_state,
+    }
+    if key_gate is not None and key_gate.shape[2] != kv_heads:  # a gate a query head: keys can't be shared any more
+        k, v = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
     # Autocast would turn the float32 sums into half precision, which drifts over a long clip.
-    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
-        out, state = _dispatch.call(
-            "block_linear_attention",
-            impl,
-            q,
-            k,
-            v,
-            chunk_lens=chunk_lens,
-            rope=rope,
-            feature_map=feature_map,
-            numerator_map=numerator_map,
-            key_gate=key_gate,
-            decay=_decay(decay, q, kv_heads, chunks),
-            normalize=normalize,
-            eps=eps,
-            initial_state=_state(initial_state, q, v),
-            output_final_state=output_final_state,
-        )
+    with _amp.off(q.device):
+        out, state = _dispatch.call(OP, impl, q, k, v, **settings)
     return (out, LinearAttentionState(*state)) if output_final_state else out

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hhattn._dispatch import register
-
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "identity": lambda x: x,
@@ -72,8 +70,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def decayed_prefix(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
     """y_c = decay_c · y_{c-1} + x_c over dim 2 of [B, H, N, ...], decay [B, H, N]; in log2(N) vectorised steps.
 
-    ``reverse`` gives its transpose, y_c = x_c + decay_{c+1} · y_{c+1}. No division by a cumulated decay, so that a decay
-    of 0 (forget everything) is exact.
+    ``reverse`` gives its transpose, y_c = x_c + decay_{c+1} · y_{c+1}. It never divides by a cumulated decay, so that a
+    decay of 0 (forget everything) is exact.
     """
     if reverse:
         decay = F.pad(decay, (0, 1))[:, :, 1:].flip(2)
@@ -115,7 +113,12 @@ def _prefix(sums: Tensor, decay: Tensor | None, initial: Tensor | None) -> Tenso
     return sums.cumsum(2) if decay is None else _DecayedPrefix.apply(sums, decay)
 
 
-def _chunk_sums(runs: list[Run], key: Tensor, value: Tensor | None) -> Tensor:
+def _share(x: Tensor, groups: int) -> Tensor:
+    """[B, H_kv, ...] -> [B, H, ...]: what each group of query heads shares, once a head."""
+    return x if groups == 1 else x.repeat_interleave(groups, 1)
+
+
+def _chunk_sums(runs: list[Run], key: Tensor, value: Tensor | None = None) -> Tensor:
     """Σ k vᵀ [B, H, N, D, Dv] of each chunk, or Σ k [B, H, N, D] without ``value``."""
     if value is None:
         return torch.cat([run.split(key).sum(3) for run in runs], 2)
@@ -129,7 +132,6 @@ def _apply(runs: list[Run], query: Tensor, state: Tensor) -> Tensor:
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 
-@register("block_linear_attention", "reference")
 def block_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -146,12 +148,12 @@ def block_linear_attention(
     initial_state: tuple[Tensor, Tensor] | None,
     output_final_state: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The formula above on validated arguments: every head count equal to q's, ``decay`` [B, H, N], state (kv, k_sum)."""
+    """The formula above, on what :func:`hhattn.block_linear_attention` validated: ``key_gate`` [B, S, H_kv], ``decay``
+    [B, H, N], ``initial_state`` with q's heads H and in the dtype of the sums."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    runs = chunk_runs(chunk_lens, q.shape[1])
-    groups = q.shape[2] // k.shape[2]
-    query, key, value = (x.transpose(1, 2).to(dtype).contiguous() for x in (q, k, v))
     phi, psi = FEATURE_MAPS[feature_map], FEATURE_MAPS[numerator_map]
+    runs, groups = chunk_runs(chunk_lens, q.shape[1]), q.shape[2] // k.shape[2]
+    query, key, value = (x.transpose(1, 2).to(dtype).contiguous() for x in (q, k, v))
     phi_q, phi_k = phi(query), phi(key)
     psi_q, psi_k = (phi_q, phi_k) if numerator_map == feature_map else (psi(query), psi(key))
     if rope is not None:
@@ -160,11 +162,9 @@ def block_linear_attention(
         psi_k = psi_k * key_gate.transpose(1, 2)[..., None].to(dtype)
 
     decay = None if decay is None else decay.to(dtype)
-    kv0, k_sum0 = (None, None) if initial_state is None else initial_state
-    kv = _chunk_sums(runs, psi_k, value).repeat_interleave(groups, 1) if groups > 1 else _chunk_sums(runs, psi_k, value)
-    kv = _prefix(kv, decay, kv0)
-    k_sum = _chunk_sums(runs, phi_k, None)
-    k_sum = _prefix(k_sum.repeat_interleave(groups, 1) if groups > 1 else k_sum, decay, k_sum0)
+    kv_0, k_sum_0 = (None, None) if initial_state is None else initial_state
+    kv = _prefix(_share(_chunk_sums(runs, psi_k, value), groups), decay, kv_0)
+    k_sum = _prefix(_share(_chunk_sums(runs, phi_k), groups), decay, k_sum_0)
 
     out = _apply(runs, psi_q, kv)
     if normalize:

@@ -1,0 +1,93 @@
+"""Dense softmax attention in this package's layout, by whichever library is there for it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hhattn import _dispatch
+from hhattn.ops import _amp, _check
+
+OP = "attention"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
+    """softmax(scale · q kᵀ) v over all keys: flash-attn where it is installed and takes the call, else torch's SDPA.
+
+    Args:
+        q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; H a multiple of H_kv; float32, float16 or bfloat16.
+        scale: of the scores; None is 1/√D.
+        causal: query i sees keys 0 … i + Sk − Sq: the last query sees every key, as in flash-attn and as a cache of
+            past keys needs it. (SDPA's own ``is_causal`` counts from the first key instead.) Needs Sq ≤ Sk.
+
+    Returns:
+        [B, Sq, H, Dv] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+        RuntimeError: ``use_impl`` or HHATTN_IMPL names an implementation that can't run this call.
+    """
+    q, k, v = _amp.cast(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check.tensor(name, x, 4)
+        _check.device(name, x, "q", q)
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
+    _check.shape("k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), "[B, Sk, H_kv, D]")
+    _check.shape("v", v, (*k.shape[:3], v.shape[3]), "[B, Sk, H_kv, Dv]")
+    if causal and q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"causal needs Sq <= Sk, got {q.shape[1]} and {k.shape[1]}: the first queries would see no key"
+        )
+    return _dispatch.call(OP, None, q, k, v, scale=scale, causal=causal)
+
+
+@_dispatch.register(OP, "reference")
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Tensor:
+    mask, queries, keys = None, q.shape[1], k.shape[1]
+    if causal and queries != keys:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _flash_can_run(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed; pip install 'hhattn[flash]' where there is a CUDA GPU"
+    if q is None or v is None:
+        return None if torch.cuda.is_available() else "flash-attn needs a CUDA GPU"
+    if q.device.type != "cuda":
+        return f"flash-attn runs on CUDA, q is on {q.device}"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, q is {q.dtype}"
+    if q.shape[3] > 256 or v.shape[3] != q.shape[3]:
+        return f"flash-attn takes one head dim up to 256, got D = {q.shape[3]} and Dv = {v.shape[3]}"
+    return None
+
+
+@_dispatch.register(OP, "flash", _flash_can_run)
+@_dispatch.register(OP, "cuda", _flash_can_run)
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)

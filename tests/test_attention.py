@@ -1,0 +1,108 @@
+"""hhattn.attention: dense attention against the softmax formula, and its choice of library."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from helpers import assert_close_to_fp64, randn, strided
+from torch import Tensor
+
+import hhattn
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False) -> Tensor:
+    """The definition with the whole score matrix, in the dtype of its inputs."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
+    if causal:
+        late = torch.arange(k.shape[1]) > torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        scores = scores.masked_fill(late, float("-inf"))
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(17, 17), (5, 23), (1, 9)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dim_v"), [(2, 2, 40, 40), (6, 2, 112, 112), (2, 1, 64, 24)])
+def test_accuracy(
+    dtype: torch.dtype, causal: bool, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dim_v: int
+) -> None:
+    q = randn(2, queries, heads, dim, dtype=dtype, seed=1)
+    k, v = (randn(2, keys, kv_heads, d, dtype=dtype, seed=s) for s, d in ((2, dim), (3, dim_v)))
+    out = hhattn.attention(q, k, v, scale=0.2, causal=causal)
+    assert out.shape == (2, queries, heads, dim_v)
+    assert out.is_contiguous()
+    expected = formula(q.double(), k.double(), v.double(), 0.2, causal)
+    assert_close_to_fp64(out, expected, formula(q, k, v, 0.2, causal))
+    torch.testing.assert_close(hhattn.attention(strided(q), strided(k), strided(v), scale=0.2, causal=causal), out)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients(causal: bool) -> None:
+    q, k, v = (randn(1, s, h, 16, seed=s) for s, h in ((7, 4), (11, 2), (11, 2)))
+    grad_out = randn(1, 7, 4, 16, dtype=torch.float64)
+
+    def gradients(run, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(run(*leaves, causal=causal), leaves, grad_out.to(dtype))
+
+    expected, base = gradients(formula, torch.float64), gradients(formula, torch.float32)
+    for a, b, c in zip(gradients(hhattn.attention, torch.float32), expected, base, strict=True):
+        assert_close_to_fp64(a, b, c, factor=3)
+
+
+def test_compiles_whole_and_on_meta() -> None:
+    q, k = randn(1, 6, 4, 8), randn(1, 9, 2, 8)
+    compiled = torch.compile(lambda q, k: hhattn.attention(q, k, k, causal=True), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), hhattn.attention(q, k, k, causal=True))
+    assert hhattn.attention(q.to("meta"), k.to("meta"), k.to("meta")).shape == (1, 6, 4, 8)
+
+
+def test_autocast() -> None:
+    q, k = randn(1, 6, 2, 8), randn(1, 6, 2, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = hhattn.attention(q, k, k)
+    torch.testing.assert_close(out, hhattn.attention(q.bfloat16(), k, k), rtol=0, atol=0)
+
+
+def test_flash_is_refused_with_its_reason() -> None:
+    q = randn(1, 6, 2, 8)
+    with hhattn.use_impl("flash"), pytest.raises(RuntimeError, match=r"flash-attn (is not installed|runs on CUDA)"):
+        hhattn.attention(q, q, q)
+
+
+def test_flash_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library there, a call it can't take is answered by a reason, and the automatic choice by SDPA."""
+    from hhattn.ops.attention import _flash_can_run
+
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = types.SimpleNamespace(name="flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    q = randn(1, 6, 2, 8)
+    assert "runs on CUDA" in _flash_can_run(q, q, q)
+    torch.testing.assert_close(hhattn.attention(q, q, q), formula(q, q, q))
+
+
+Q = torch.zeros(2, 8, 4, 6)
+REFUSED = [
+    ({"q": Q[0]}, ValueError, "q must have 4 dimensions"),
+    ({"q": Q.int()}, TypeError, "q must be float32"),
+    ({"k": Q.half()}, TypeError, "k must have q's dtype"),
+    ({"k": Q[:, :, :3], "v": Q[:, :, :3]}, ValueError, "multiple of k's 3 heads"),
+    ({"k": Q[..., :4]}, ValueError, r"k must have shape \[B, Sk, H_kv, D\]"),
+    ({"v": Q[:, :7]}, ValueError, r"v must have shape \[B, Sk, H_kv, Dv\]"),
+    ({"v": Q.to("meta")}, ValueError, "v must be on the device of q"),
+    ({"k": Q[:, :7], "v": Q[:, :7], "causal": True}, ValueError, "causal needs Sq <= Sk, got 8 and 7"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"), REFUSED, ids=lambda x: "+".join(x) if isinstance(x, dict) else ""
+)
+def test_refuses(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"q": Q, "k": Q, "v": Q} | changed
+    with pytest.raises(error, match=message):
+        hhattn.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)

@@ -1,0 +1,489 @@
+"""block_linear_attention against a token-by-token float64 oracle, and the identities its chunking promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import assert_close_to_fp64, randn, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hhattn
+from hhattn import LinearAttentionState, block_linear_attention
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs of x [..., D] one by one."""
+    pairs = []
+    for i in range(0, x.shape[-1], 2):
+        c, s = cos[..., i], sin[..., i]
+        pairs += [x[..., i] * c - x[..., i + 1] * s, x[..., i] * s + x[..., i + 1] * c]
+    return torch.stack(pairs, -1)
+
+
+MAPS = {
+    "relu": lambda x: x.clamp(min=0),
+    "identity": lambda x: x,
+    "elu1": lambda x: torch.where(x > 0, x + 1, x.exp()),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+    "softmax": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+}
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: list[int],
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    feature_map: str = "relu",
+    numerator_map: str | None = None,
+    key_gate: Tensor | None = None,
+    decay: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-15,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence, one token after another, in the dtype of q: (out, kv, k_sum)."""
+    batch, _, heads, dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
+    phi, psi = MAPS[feature_map], MAPS[numerator_map or feature_map]
+    kv, k_sum = q.new_zeros(batch, heads, dim, v.shape[3]), q.new_zeros(batch, heads, dim)
+    if initial_state is not None:
+        kv, k_sum = initial_state
+    out, first = [], 0
+    for chunk, length in enumerate(lens):
+        if decay is not None:
+            factor = decay if decay.ndim == 1 else decay[:, chunk]
+            kv, k_sum = kv * factor[..., None, None], k_sum * factor[..., None]
+        for p in range(first, first + length):
+            key = psi(k[:, p]) if rope is None else turn(psi(k[:, p]), rope[0][p], rope[1][p])
+            key = key if key_gate is None else key * key_gate[:, p, :, None]
+            kv, k_sum = kv + key[..., None] * v[:, p, :, None, :], k_sum + phi(k[:, p])
+        for p in range(first, first + length):
+            query = psi(q[:, p]) if rope is None else turn(psi(q[:, p]), rope[0][p], rope[1][p])
+            row = (query[..., None] * kv).sum(-2)
+            out.append(row / ((phi(q[:, p]) * k_sum).sum(-1, keepdim=True) + eps) if normalize else row)
+        first += length
+    return torch.stack(out, 1), kv, k_sum
+
+
+def inputs(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dim_v: int, seed: int = 0) -> list[Tensor]:
+    """q, k, v in float64."""
+    return [
+        randn(batch, tokens, h, d, dtype=torch.float64, seed=3 * seed + i)
+        for i, (h, d) in enumerate(((heads, dim), (kv_heads, dim), (kv_heads, dim_v)))
+    ]
+
+
+def tables(tokens: int, dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos, sin [tokens, dim] in float64 for positions ``start`` …"""
+    where = torch.arange(start, start + tokens, dtype=torch.float64)
+    angles = where[:, None] * 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+
+
+def lens_of(chunk_lens: int | list[int] | None, tokens: int) -> list[int]:
+    if chunk_lens is None:
+        return [tokens]
+    if isinstance(chunk_lens, int):
+        return [min(chunk_lens, tokens - i) for i in range(0, tokens, chunk_lens)]
+    return chunk_lens
+
+
+def options(
+    batch: int, tokens: int, heads: int, dim: int, dim_v: int, chunks: int, names: set[str]
+) -> dict[str, object]:
+    """The options in ``names``, in float64; "chunk_decay" is ``decay`` a chunk, "decay" one a head."""
+
+    def positive(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=torch.float64, seed=seed).sigmoid()
+
+    made: dict[str, object] = {}
+    if "rope" in names:
+        made["rope"] = tables(tokens, dim)
+    if "key_gate" in names:
+        made["key_gate"] = positive(batch, tokens, heads, seed=50)
+    if "decay" in names:
+        made["decay"] = positive(heads, seed=51)
+    if "chunk_decay" in names:
+        made["decay"] = positive(batch, chunks, heads, seed=52)
+    if "initial_state" in names:
+        kv = randn(batch, heads, dim, dim_v, dtype=torch.float64, seed=53)
+        made["initial_state"] = (kv, dim * positive(batch, heads, dim, seed=54))
+    return made
+
+
+def to(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, tuple):
+        return tuple(to(x, dtype) for x in value)
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+ALL = {"rope", "key_gate", "decay", "initial_state"}
+CHUNKS = [None, 1, 4, 23, 50, [23], [1, 5, 5, 5, 2, 5], [7, 16]]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("names", [set(), {"rope"}, {"decay"}, ALL], ids=lambda n: "+".join(sorted(n)) or "plain")
+@pytest.mark.parametrize("chunk_lens", CHUNKS, ids=str)
+def test_equals_the_recurrence(chunk_lens: int | list[int] | None, names: set[str]) -> None:
+    q, k, v = inputs(2, 23, 3, 3, 8, 6)
+    lens = lens_of(chunk_lens, 23)
+    extra = options(2, 23, 3, 8, 6, len(lens), names)
+    expected = oracle(q, k, v, lens, **extra)
+    out, state = block_linear_attention(q, k, v, chunk_lens=chunk_lens, output_final_state=True, **extra)
+    for name, a, b in zip(("out", "kv", "k_sum"), (out, *state), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "dim_v"), [(3, 3, 40, 40), (4, 2, 112, 112), (2, 1, 64, 24)])
+def test_accuracy(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, dim_v: int) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(2, 37, heads, kv_heads, dim, dim_v))
+    lens = [10, 10, 10, 7]
+    extra = options(2, 37, heads, dim, dim_v, 4, {"rope", "decay"})
+    extra = {name: to(value, torch.float32) for name, value in extra.items()}
+    expected, *_ = oracle(
+        q.double(), k.double(), v.double(), lens, **{n: to(x, torch.float64) for n, x in extra.items()}
+    )
+    baseline, *_ = oracle(q.float(), k.float(), v.float(), lens, **extra)
+    out = block_linear_attention(q, k, v, chunk_lens=10, **extra)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_close_to_fp64(out, expected, baseline.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_accuracy(dtype: torch.dtype) -> None:
+    """Gradients of every input against the float64 oracle's, beside those of the same formula in the same dtype."""
+    q, k, v = (x.to(dtype) for x in inputs(1, 19, 2, 2, 16, 12))
+    lens, names = [8, 8, 3], ("key_gate", "decay", "initial_state")
+    extra = options(1, 19, 2, 16, 12, 3, {*names, "rope"})
+    grad_out = randn(1, 19, 2, 12, dtype=torch.float64, seed=9)
+
+    def gradients(dtype: torch.dtype, run) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        e = {n: to(x, state_dtype) for n, x in extra.items()}
+        options_ = [x.requires_grad_() for n in names for x in (e[n] if isinstance(e[n], tuple) else (e[n],))]
+        return torch.autograd.grad(run(*leaves, e), leaves + options_, grad_out.to(dtype))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, e: dict) -> Tensor:
+        return block_linear_attention(q, k, v, chunk_lens=8, feature_map="elu1", **e)
+
+    def recurrence(q: Tensor, k: Tensor, v: Tensor, e: dict) -> Tensor:
+        up = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+        return oracle(*up, lens, feature_map="elu1", **e)[0].to(q.dtype)
+
+    labels = ["q", "k", "v", "key_gate", "decay", "kv", "k_sum"]
+    expected, base, got = gradients(torch.float64, recurrence), gradients(dtype, recurrence), gradients(dtype, ours)
+    for name, a, b, c in zip(labels, got, expected, base, strict=True):
+        assert_close_to_fp64(a, b, c, factor=3, ulps=8, name=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "softmax", "identity"])
+def test_gradcheck(feature_map: str) -> None:
+    q, k, v = inputs(1, 7, 2, 1, 4, 3)
+    e = options(1, 7, 2, 4, 3, 3, {"rope", "key_gate", "chunk_decay", "initial_state"})
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, kv: Tensor, k_sum: Tensor
+    ) -> tuple[Tensor, ...]:
+        out, state = block_linear_attention(
+            q, k, v, chunk_lens=3, rope=e["rope"], key_gate=gate, decay=decay, initial_state=(kv, k_sum),
+            feature_map=feature_map, normalize=feature_map != "identity", output_final_state=True,
+        )  # fmt: skip
+        return (out, *state)
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, e["key_gate"], e["decay"], *e["initial_state"])]
+    assert torch.autograd.gradcheck(run, leaves)
+    if feature_map == "elu1":
+        assert torch.autograd.gradgradcheck(run, leaves)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lens=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 3), (4, 1)]),
+    dims=st.sampled_from([(2, 3), (8, 8), (40, 16)]),
+    names=st.sets(st.sampled_from(sorted(ALL | {"chunk_decay"}))),
+    maps=st.sampled_from([("relu", None), ("relu", "identity"), ("elu1", None), ("relu2", "relu"), ("softmax", None)]),
+    normalize=st.booleans(),
+)
+def test_any_chunking(
+    lens: list[int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    names: set[str],
+    maps: tuple[str, str | None],
+    normalize: bool,
+) -> None:
+    tokens = sum(lens)
+    q, k, v = inputs(2, tokens, *heads, *dims)
+    e = options(2, tokens, heads[0], *dims, len(lens), names)
+    e |= {"feature_map": maps[0], "numerator_map": maps[1], "normalize": normalize, "eps": 1e-3}
+    out, state = block_linear_attention(q, k, v, chunk_lens=lens, output_final_state=True, **e)
+    for a, b in zip((out, *state), oracle(q, k, v, lens, **e), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lens=st.lists(st.integers(1, 9), min_size=2, max_size=6), cut=st.integers(1, 5), decayed=st.booleans())
+def test_streaming_equals_chunk_parallel(lens: list[int], cut: int, decayed: bool) -> None:
+    """Calls on consecutive groups of chunks, the state handed on, give what one call gives: outputs and final state."""
+    cut = min(cut, len(lens) - 1)
+    tokens, first = sum(lens), sum(lens[:cut])
+    q, k, v = (x.float() for x in inputs(1, tokens, 2, 2, 8, 8))
+    cos, sin = (x.float() for x in tables(tokens, 8))
+    decay = randn(2, seed=4).sigmoid() if decayed else None
+    whole, end = block_linear_attention(q, k, v, chunk_lens=lens, rope=(cos, sin), decay=decay, output_final_state=True)
+    state, parts = None, []
+    for part, sub in ((slice(0, first), lens[:cut]), (slice(first, tokens), lens[cut:])):
+        out, state = block_linear_attention(
+            q[:, part], k[:, part], v[:, part], chunk_lens=sub, rope=(cos[part], sin[part]), decay=decay,
+            initial_state=state, output_final_state=True,
+        )  # fmt: skip
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tuple(state), tuple(end), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_pass_through_the_state() -> None:
+    """Split over two calls, the first call's inputs get the gradient they get in one call."""
+    leaves = [x.requires_grad_() for x in inputs(1, 12, 2, 2, 4, 4)]
+    whole = block_linear_attention(*leaves, chunk_lens=6)[:, 6:].sum()
+    _, state = block_linear_attention(*(x[:, :6] for x in leaves), output_final_state=True)
+    split = block_linear_attention(*(x[:, 6:] for x in leaves), initial_state=state).sum()
+    for a, b in zip(torch.autograd.grad(split, leaves), torch.autograd.grad(whole, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_chunk_is_bidirectional() -> None:
+    """Against the quadratic form: out = ((φq φkᵀ) / row sums) v. Order of the tokens doesn't matter."""
+    q, k, v = inputs(2, 17, 2, 2, 8, 5)
+    weights = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
+    expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + 1e-15), v)
+    torch.testing.assert_close(block_linear_attention(q, k, v), expected)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block_linear_attention(q, k[:, order], v[:, order]), expected)
+
+
+def test_a_token_never_sees_a_later_chunk() -> None:
+    q, k, v = inputs(1, 20, 2, 2, 8, 8)
+    before = block_linear_attention(q, k, v, chunk_lens=5)
+    k[:, 10:], v[:, 10:] = float("nan"), float("inf")
+    torch.testing.assert_close(block_linear_attention(q, k, v, chunk_lens=5)[:, :10], before[:, :10], rtol=0, atol=0)
+
+
+def test_sana_video_2() -> None:
+    """Numerator: rotated, gated, no ReLU. Denominator: ReLU, unrotated, ungated, eps 1e-8."""
+    q, k, v = inputs(1, 15, 2, 2, 8, 8)
+    rope, gate = tables(15, 8), randn(1, 15, 2, dtype=torch.float64, seed=8).sigmoid()
+    rotated_q, rotated_k = (turn(x, *(t[:, None] for t in rope)) for x in (q, k))
+    numerator = torch.einsum("bihd,bjhd,bjh,bjhe->bihe", rotated_q, rotated_k, gate, v)
+    denominator = torch.einsum("bihd,bjhd->bih", q.relu(), k.relu())[..., None] + 1e-8
+    out = block_linear_attention(q, k, v, rope=rope, key_gate=gate, numerator_map="identity", eps=1e-8)
+    torch.testing.assert_close(out, numerator / denominator)
+
+
+def test_zero_decay_forgets_exactly() -> None:
+    q, k, v = inputs(1, 12, 2, 2, 4, 4)
+    out = block_linear_attention(q, k, v, chunk_lens=4, decay=torch.zeros(2, dtype=torch.float64))
+    alone = [block_linear_attention(q[:, i : i + 4], k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8)]
+    torch.testing.assert_close(out, torch.cat(alone, 1))
+
+
+def test_rebase_is_exact() -> None:
+    """A state rebased by Δ serves queries at p − Δ as the old one served queries at p."""
+    q, k, v = inputs(2, 30, 2, 2, 12, 5)
+    rope, shift = tables(30, 12), 20
+    expected = block_linear_attention(q, k, v, chunk_lens=[20, 10], rope=rope)[:, 20:]
+    early = [x[:, :20] for x in (q, k, v)]
+    _, state = block_linear_attention(*early, rope=tuple(t[:20] for t in rope), output_final_state=True)
+    moved = state.rebase(*tables(1, 12, start=shift))
+    late = [x[:, 20:] for x in (q, k, v)]
+    out = block_linear_attention(*late, rope=tables(10, 12), initial_state=moved)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(moved.k_sum, state.k_sum, rtol=0, atol=0)
+    back = moved.rebase(*(t[0] for t in tables(1, 12, start=-shift)))
+    torch.testing.assert_close(back.kv, state.kv, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="cos must have shape"):
+        state.rebase(*tables(2, 12))
+
+
+def test_state_is_float32_and_a_pytree() -> None:
+    q, k, v = (x.bfloat16() for x in inputs(1, 9, 2, 1, 4, 3))
+    _, state = block_linear_attention(q, k, v, output_final_state=True)
+    assert isinstance(state, LinearAttentionState)
+    assert state.kv.dtype == state.k_sum.dtype == torch.float32
+    assert state.kv.shape == (1, 2, 4, 3)
+    assert state.k_sum.shape == (1, 2, 4)
+    doubled = torch.utils._pytree.tree_map(lambda x: 2 * x, state)
+    assert isinstance(doubled, LinearAttentionState)
+    assert state.to("meta").kv.is_meta
+    assert not state.detach().kv.requires_grad
+
+
+def test_long_sums_stay_accurate_in_bfloat16() -> None:
+    """Hundreds of chunks of bfloat16 keys: a state kept in bfloat16 would be off by percents, this one by rounding."""
+    k = randn(1, 4000, 1, 4, dtype=torch.bfloat16).abs()
+    _, state = block_linear_attention(k, k, k, chunk_lens=10, output_final_state=True)
+    torch.testing.assert_close(state.k_sum.double(), k.double().sum(1), rtol=1e-5, atol=0)
+
+
+def test_strided_inputs_and_awkward_sizes() -> None:
+    q, k, v = (x.float() for x in inputs(2, 11, 3, 3, 6, 5))
+    expected = block_linear_attention(q, k, v, chunk_lens=4)
+    for dim in (0, 1, 2):
+        torch.testing.assert_close(
+            block_linear_attention(*(strided(x, dim) for x in (q, k, v)), chunk_lens=4), expected, rtol=0, atol=0
+        )
+    fused = torch.cat((q, k), 3)
+    views = block_linear_attention(fused[..., :6], fused[..., 6:], v, chunk_lens=4)
+    torch.testing.assert_close(views, expected, rtol=0, atol=0)
+    one = block_linear_attention(q[:, :1], k[:, :1], v[:, :1], chunk_lens=7)
+    assert one.shape == (2, 1, 3, 5)
+
+
+def test_no_tokens_leave_the_state() -> None:
+    q, k, v = (x.float() for x in inputs(2, 0, 3, 3, 6, 5))
+    state = LinearAttentionState(randn(2, 3, 6, 5), randn(2, 3, 6))
+    out, after = block_linear_attention(q, k, v, initial_state=state, output_final_state=True)
+    assert out.shape == (2, 0, 3, 5)
+    torch.testing.assert_close(tuple(after), tuple(state))
+
+
+def test_a_query_that_sees_nothing_is_zero_without_nan_gradients() -> None:
+    """ReLU can silence a whole query, or every key: 0/eps is 0, and so are the gradients."""
+    q, k, v = (x.float() for x in inputs(1, 6, 1, 1, 4, 4))
+    q[:, 2], k[:, :3] = -1.0, -1.0
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = block_linear_attention(*leaves, chunk_lens=3)
+    assert (out[:, :3] == 0).all()
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert grad.isfinite().all()
+
+
+def test_memory_does_not_hold_a_square() -> None:
+    """The largest tensor kept for the backward is linear in tokens."""
+    tokens, kept = 4096, []
+    q, k, v = (x.float().requires_grad_() for x in inputs(1, tokens, 1, 1, 8, 8))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        block_linear_attention(q, k, v, chunk_lens=256, decay=torch.full((1,), 0.9))
+    assert max(kept) <= tokens * 16
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_compiles_whole(decayed: bool) -> None:
+    q, k, v = (x.float() for x in inputs(1, 20, 2, 1, 8, 4))
+    rope = tuple(x.float() for x in tables(20, 8))
+    decay = torch.full((2,), 0.5) if decayed else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LinearAttentionState]:
+        return block_linear_attention(q, k, v, chunk_lens=6, rope=rope, decay=decay, output_final_state=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected, got = run(*leaves), compiled(*leaves)
+    assert isinstance(got[1], LinearAttentionState)
+    torch.testing.assert_close((got[0], *got[1]), (expected[0], *expected[1]))
+    for a, b in zip(
+        torch.autograd.grad(got[0].sum(), leaves), torch.autograd.grad(expected[0].sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_meta_and_fake_tensors() -> None:
+    q, k, v = (x.float() for x in inputs(2, 20, 4, 2, 8, 6))
+    out, state = block_linear_attention(
+        q.to("meta"),
+        k.to("meta"),
+        v.to("meta"),
+        chunk_lens=6,
+        output_final_state=True,
+        decay=torch.ones(4, device="meta"),
+    )
+    assert out.is_meta
+    assert out.shape == (2, 20, 4, 6)
+    assert state.kv.shape == (2, 4, 8, 6)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = block_linear_attention(*(mode.from_tensor(x) for x in (q, k, v)), chunk_lens=[5, 15])
+    assert fake.shape == (2, 20, 4, 6)
+
+
+def test_autocast_casts_as_sdpa_and_sums_in_float32() -> None:
+    q, k, v = (x.float() for x in inputs(1, 20, 2, 2, 8, 8))
+    low = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, state = block_linear_attention(low[0], k, v, chunk_lens=5, output_final_state=True)
+    assert mixed.dtype == torch.bfloat16
+    expected, expected_state = block_linear_attention(*low, chunk_lens=5, output_final_state=True)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=0)
+    torch.testing.assert_close(tuple(state), tuple(expected_state), rtol=0, atol=0)
+
+
+def test_per_key_head_options_count_for_their_group() -> None:
+    q, k, v = inputs(1, 9, 4, 2, 4, 4)
+    gate, decay = randn(1, 9, 2, dtype=torch.float64).sigmoid(), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    few = block_linear_attention(q, k, v, chunk_lens=3, key_gate=gate, decay=decay)
+    many = block_linear_attention(
+        q, k, v, chunk_lens=3, key_gate=gate.repeat_interleave(2, 2), decay=decay.repeat_interleave(2)
+    )
+    torch.testing.assert_close(few, many)
+
+
+Q = torch.zeros(2, 8, 4, 6)
+REFUSED = [
+    ({"q": Q[0]}, ValueError, r"q must have shape \[B, S, H, D\]"),
+    ({"q": Q.int()}, TypeError, "q must be a tensor of float32"),
+    ({"k": Q.half()}, TypeError, "one dtype"),
+    ({"k": Q[:, :, :3]}, ValueError, "multiple of k's 3 heads"),
+    ({"k": Q[:, :7]}, ValueError, "k must have shape"),
+    ({"v": Q[:, :7]}, ValueError, "v must have shape"),
+    ({"v": Q.to("meta")}, ValueError, "v must be on the device of q"),
+    ({"chunk_lens": 0}, ValueError, "positive"),
+    ({"chunk_lens": [4, 3]}, ValueError, "sum to S = 8, got 7"),
+    ({"chunk_lens": [4, 0, 4]}, ValueError, "positive"),
+    ({"chunk_lens": True}, TypeError, "chunk_lens"),
+    ({"chunk_lens": torch.tensor([8])}, TypeError, "chunk_lens"),
+    ({"chunk_lens": 2.0}, TypeError, "chunk_lens"),
+    ({"rope": (Q[0, :, 0], Q[0, :5, 0])}, ValueError, "rope: sin must have shape"),
+    ({"feature_map": "gelu"}, ValueError, "feature_map='gelu'"),
+    ({"numerator_map": "gelu"}, ValueError, "numerator_map='gelu'"),
+    ({"key_gate": Q[:, :, 0]}, ValueError, "key_gate must have shape"),
+    ({"decay": torch.ones(3)}, ValueError, "decay must have 4"),
+    ({"decay": torch.ones(2, 5, 4), "chunk_lens": 4}, ValueError, "decay must have shape"),
+    ({"eps": -1.0}, ValueError, "eps"),
+    ({"initial_state": (torch.zeros(2, 4, 6, 5), torch.zeros(2, 4, 6))}, ValueError, "initial_state.kv"),
+    ({"initial_state": (torch.zeros(2, 4, 6, 6), torch.zeros(2, 4, 5))}, ValueError, "initial_state.k_sum"),
+    ({"impl": "fast"}, ValueError, "impl='fast'"),
+    ({"impl": "flash"}, RuntimeError, "no such implementation"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"), REFUSED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
+def test_refuses(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments = {"q": Q, "k": Q, "v": Q} | changed
+    with pytest.raises(error, match=message):
+        block_linear_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_odd_head_dim_only_refuses_rope() -> None:
+    x = torch.ones(1, 4, 1, 5)
+    torch.testing.assert_close(block_linear_attention(x, x, x), x)
+    with pytest.raises(ValueError, match="even head dim, got D = 5"):
+        block_linear_attention(x, x, x, rope=(torch.ones(4, 5), torch.ones(4, 5)))
+
+
+def test_use_impl_reaches_it() -> None:
+    q, k, v = (x.float() for x in inputs(1, 4, 1, 1, 4, 4))
+    with hhattn.use_impl("reference"):
+        out = block_linear_attention(q, k, v)
+    assert math.isfinite(out.sum())
