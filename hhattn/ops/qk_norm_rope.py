@@ -239,8 +239,10 @@ def _backward_one(
         y = (y if bias is None else y + bias.float()).view(x.shape)
         stop = ctx.start + cos.shape[1]
         video, gv = y[:, ctx.start : stop], g[:, ctx.start : stop]
-        grad_cos = (gv * video).sum_to_size(cos.shape)
-        grad_sin = (gv * _turn(video, ctx.interleaved)).sum_to_size(sin.shape)
+        if ctx.needs_input_grad[2]:
+            grad_cos = (gv * video).sum_to_size(cos.shape)
+        if ctx.needs_input_grad[3]:
+            grad_sin = (gv * _turn(video, ctx.interleaved)).sum_to_size(sin.shape)
         gv = gv * cos.float() - _turn(gv * sin.float(), ctx.interleaved)
         g = torch.cat((g[:, : ctx.start], gv, g[:, stop:]), 1)
     g = g.reshape(n.shape)
@@ -258,8 +260,8 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     tables = (cos, sin, order)
     dq, dq_weight, dq_bias, dq_cos, dq_sin = _backward_one(ctx, q, q_weight, q_bias, grad_q, tables)
     dk, dk_weight, dk_bias, dk_cos, dk_sin = _backward_one(ctx, k, k_weight, k_bias, grad_k, tables)
-    d_cos = None if cos is None else (dq_cos + dk_cos).to(cos.dtype)
-    d_sin = None if sin is None else (dq_sin + dk_sin).to(sin.dtype)
+    d_cos = (dq_cos + dk_cos).to(cos.dtype) if ctx.needs_input_grad[2] else None
+    d_sin = (dq_sin + dk_sin).to(sin.dtype) if ctx.needs_input_grad[3] else None
     return dq, dk, d_cos, d_sin, dq_weight, dk_weight, dq_bias, dk_bias, None, None, None, None, None, None
 
 
