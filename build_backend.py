@@ -1,7 +1,7 @@
 """setuptools' build backend, asking for torch only where the environment being installed into has none.
 
-Under build isolation pip runs this with the target's own Python, so ``sysconfig`` names the target's packages: a torch that
-is there lends its headers, and nothing is downloaded.
+Under build isolation pip runs this with the target's own Python, so ``sysconfig`` names the target's packages: a torch
+that is there lends its headers, and nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Build the native library ``hhattn._C``; everything else about the package is in pyproject.toml.
 
-torch is never imported here: its headers and libraries are found on disk, in the environment being installed into, so that
-a plain isolated ``pip install .`` uses the torch that is there. Without a compiler (or with HHATTN_NATIVE=0) the package is
-installed pure Python, which works, slower; ``hhattn info`` tells.
+torch is never imported here: its headers and libraries are found on disk, in the environment being installed into, so
+that a plain isolated ``pip install .`` uses the torch that is there. Without a compiler (or with HHATTN_NATIVE=0) the
+package is installed pure Python, which works, slower; ``hhattn info`` tells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ISAS: dict[str, dict[str, list[str]]] = {
     "aarch64": {"neon": []},
 }
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 warns inside its own avx512fintrin.h
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
@@ -44,7 +45,8 @@ def torch_dir() -> Path | None:
 
 
 class BuildNative(build_ext):
-    """Compile the CPU kernels once for each instruction set, several files at a time, and link everything into one library."""
+    """Compile the CPU kernels once for each instruction set, several files at a time, and link everything into one
+    library."""
 
     skipped: str | None = None  # why the library is not built
 
@@ -54,8 +56,8 @@ class BuildNative(build_ext):
         if reason := self.skipped:
             if os.environ.get("HHATTN_NATIVE") == "1":
                 raise SystemExit(f"hhattn: HHATTN_NATIVE=1, but the native library can't be built: {reason}")
-            print(f"\n*** hhattn: installing WITHOUT the native library: {reason}.\n"
-                  "*** Everything works, on slower implementations. `hhattn info` shows which.\n", file=sys.stderr)  # fmt: skip
+            print(f"\n*** hhattn: installing WITHOUT the native library: {reason}.", file=sys.stderr)
+            print("*** Everything works, on slower implementations; `hhattn info` shows which.\n", file=sys.stderr)
             return
         assert torch is not None
         target = self.get_ext_fullpath(ext.name)

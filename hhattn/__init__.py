@@ -1,7 +1,7 @@
 """hhattn: attention kernels for long videos, and everything needed to use them.
 
-Every public name is listed in :data:`__all__` and loaded when first used, so that importing the package needs neither the
-native library nor any optional dependency.
+Every public name is listed in :data:`__all__` and loaded when first used, so that importing the package needs neither
+the native library nor any optional dependency.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Choose which implementation of an op runs.
 
-Order of authority: ``impl=`` of the call, then :func:`use_impl`, then the environment variable ``HHATTN_IMPL``, then the
-first implementation of :data:`ORDER` that accepts the call. An explicit choice that cannot run raises with its reason; an
-automatic choice falls through and logs the reason once.
+Order of authority: ``impl=`` of the call, then :func:`use_impl`, then the environment variable ``HHATTN_IMPL``, then
+the first implementation of :data:`ORDER` that accepts the call. An explicit choice that cannot run raises with its
+reason; an automatic choice falls through and logs the reason once.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def _check_name(name: str, source: str) -> str:
 
 @contextmanager
 def use_impl(name: str | None) -> Iterator[None]:
-    """Within the block every hhattn op runs on implementation ``name`` ("reference", "cpp", "triton", "cuda", "flash"; None
-    restores the automatic choice). Raises ValueError for an unknown name, and the op raises if ``name`` can't run it."""
+    """Within the block every hhattn op runs on implementation ``name`` ("reference", "cpp", "triton", "cuda", "flash";
+    None restores the automatic choice). Raises ValueError for an unknown name, and the op raises if ``name`` can't run
+    it."""
     if name is not None:
         _check_name(name, "use_impl")
     before, _forced[0] = _forced[0], name
@@ -92,7 +93,8 @@ def _log_fallback(op: str, name: str, reason: str) -> None:
 def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on the implementation that the rules above choose.
 
-    Raises ValueError for an unknown implementation name, RuntimeError when an explicit choice can't run these arguments.
+    Raises ValueError for an unknown implementation name, RuntimeError when an explicit choice can't run these
+    arguments.
     """
     impls = _registry[op]
     if impl is not None:
@@ -104,10 +106,14 @@ def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
         chosen, source = (_check_name(env, "HHATTN_IMPL"), "HHATTN_IMPL") if env else (None, "")
     if chosen is not None:
         if chosen not in impls:
-            raise RuntimeError(f"hhattn.{op}: {source}={chosen!r} has no such implementation; it has: {', '.join(impls)}")
+            raise RuntimeError(
+                f"hhattn.{op}: {source}={chosen!r} has no such implementation; it has: {', '.join(impls)}"
+            )
         if reason := impls[chosen].can_run(*args, **kwargs):
             others = [i.name for i in implementations(op) if i.name != chosen and i.can_run(*args, **kwargs) is None]
-            raise RuntimeError(f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others)}")
+            raise RuntimeError(
+                f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others)}"
+            )
         return impls[chosen].fn(*args, **kwargs)
     for name in ORDER:
         if name in impls:

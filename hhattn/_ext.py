@@ -18,12 +18,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "hhattn._C":
             return None, f"the native library is broken: {error}"
-        return None, "the native library is not built (no C++ compiler was found when hhattn was installed)"
+        return None, "the native library is not built (no C++ compiler when hhattn was installed, or HHATTN_NATIVE=0)"
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return None, f"the native library could not be loaded: {error}"
 
 
 _module, _reason = _load()
+_ops = frozenset(_module.ops()) if _module else frozenset()
 
 
 def why_missing() -> str | None:
@@ -40,4 +41,4 @@ def library() -> ModuleType:
 
 def has_op(name: str) -> bool:
     """Whether the loaded library registers ``torch.ops.hhattn.<name>``."""
-    return _module is not None and name in _module.ops()
+    return name in _ops

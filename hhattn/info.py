@@ -28,7 +28,9 @@ class Info(dict[str, Any]):
             lines.append(f"  native kernels: none: {cpu['reason']}")
         else:
             lines.append(f"  native kernels: {cpu['isa']} in use")
-            lines += [f"  {isa:<12}{'runs here' if ok else 'built; not on this CPU'}" for isa, ok in cpu["built"].items()]
+            lines += [
+                f"  {isa:<12}{'runs here' if ok else 'built; not on this CPU'}" for isa, ok in cpu["built"].items()
+            ]
         lines.append(f"GPU: {gpu['name'] or 'none'}" + (f" (sm_{gpu['capability']})" if gpu["name"] else ""))
         for op, impls in self["ops"].items():
             lines.append(op)
@@ -77,9 +79,9 @@ def info() -> Info:
     """Versions, CPU instruction sets and the kernels built for them, GPU, and every implementation of every op with the
     reason where it can't run here.
 
-    Returns an :class:`Info`: a dictionary with the keys ``hhattn``, ``python``, ``platform``, ``packages`` (name → version
-    or None), ``cpu`` (``machine``, ``threads``, ``isa`` in use, ``built`` name → runs here, ``cap``, ``reason``), ``gpu``
-    (``name``, ``capability``, ``count``) and ``ops`` (op → implementation → None or reason).
+    Returns an :class:`Info`: a dictionary with the keys ``hhattn``, ``python``, ``platform``, ``packages`` (name →
+    version or None), ``cpu`` (``machine``, ``threads``, ``isa`` in use, ``built`` name → runs here, ``cap``,
+    ``reason``), ``gpu`` (``name``, ``capability``, ``count``) and ``ops`` (op → implementation → None or reason).
     """
     return Info(
         hhattn=importlib.import_module("hhattn").__version__,

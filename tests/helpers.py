@@ -20,13 +20,13 @@ def assert_close_to_fp64(
     ulps: float = 4.0,
     name: str = "result",
 ) -> None:
-    """The accuracy rule: the error of ``actual`` against the fp64 ``expected64`` is at most ``factor`` times the error of
-    ``baseline`` (the same formula in plain PyTorch, in the dtype of ``actual``), plus ``ulps`` units in the last place of
-    the expected values. It holds for the largest error and for the root-mean-square one, so neither a single wrong element
-    nor a small error everywhere gets through. Use ``factor=3`` for gradients.
+    """The accuracy rule: the error of ``actual`` against the fp64 ``expected64`` is at most ``factor`` times the error
+    of ``baseline`` (the same formula in plain PyTorch, in the dtype of ``actual``), plus ``ulps`` units in the last
+    place of the expected values. It holds for the largest error and for the root-mean-square one, so neither a single
+    wrong element nor a small error everywhere gets through. Use ``factor=3`` for gradients.
 
-    ``actual``, ``expected64`` and ``baseline`` have the same shape. Where ``expected64`` is infinite ``actual`` must be the
-    same infinity; a NaN in ``actual`` fails unless it is expected.
+    ``actual``, ``expected64`` and ``baseline`` have the same shape. Where ``expected64`` is infinite ``actual`` must be
+    the same infinity; a NaN in ``actual`` fails unless it is expected.
     """
     assert expected64.dtype == torch.float64, f"{name}: expected64 must be float64, got {expected64.dtype}"
     assert actual.shape == expected64.shape == baseline.shape, (
@@ -53,8 +53,8 @@ def assert_close_to_fp64(
 
 
 def strided(x: Tensor, dim: int = 1) -> Tensor:
-    """``x`` with the same values on memory that has gaps along ``dim`` (the last dim stays contiguous); the gaps hold NaN,
-    so an implementation that ignores strides is found out."""
+    """``x`` with the same values on memory that has gaps along ``dim`` (the last dim stays contiguous); the gaps hold
+    NaN, so an implementation that ignores strides is found out."""
     shape = list(x.shape)
     shape[dim] *= 2
     room = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)

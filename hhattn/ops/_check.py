@@ -1,4 +1,4 @@
-"""Checks that every op makes of its arguments before work starts. Each raises naming the argument and what is accepted."""
+"""Checks that ops make of their arguments before work starts; each raises naming the argument and what is accepted."""
 
 from __future__ import annotations
 

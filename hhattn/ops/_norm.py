@@ -14,8 +14,8 @@ def normalize(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def normalize_backward(grad: Tensor, n: Tensor, rstd: Tensor, norm: str) -> Tensor:
-    """The gradient of :func:`normalize` in ``x``, from ``grad`` in ``n``: ``rstd·(g − n·mean(g·n) − mean(g))``, without the
-    last term for "rms"."""
+    """The gradient of :func:`normalize` in ``x``, from ``grad`` in ``n``: ``rstd·(g − n·mean(g·n) − mean(g))``, without
+    the last term for "rms"."""
     inner = grad - n * (grad * n).mean(-1, keepdim=True)
     if norm == "layer":
         inner = inner - grad.mean(-1, keepdim=True)

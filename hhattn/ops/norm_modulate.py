@@ -1,4 +1,4 @@
-"""Normalise, then scale and shift, with the residual sum before it: the glue between the layers of a video transformer."""
+"""Normalise, then scale and shift, with the residual sum before: the glue between a video transformer's layers."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def norm_modulate(
         impl: "reference", "cpp", ...; None chooses.
 
     Returns:
-        y [B, S, C] in x's dtype; with a residual (y, r), r in the residual's dtype. Everything between is float32, and y
-        comes from r before r is rounded. Tensors may differ in dtype, so autocast changes nothing here.
+        y [B, S, C] in x's dtype; with a residual (y, r), r in the residual's dtype. Everything between is float32, and
+        y comes from r before r is rounded. Tensors may differ in dtype, so autocast changes nothing here.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.

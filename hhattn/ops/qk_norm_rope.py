@@ -1,4 +1,4 @@
-"""Normalise queries and keys, rotate them by their position, and lay them out tile by tile: one pass before attention."""
+"""Normalise queries and keys, rotate them by position, lay them out tile by tile: one pass before attention."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def qk_norm_rope(
     Args:
         q: [B, S, H, D], float32, float16 or bfloat16, raster order.
         k: [B, S, H_kv, D], H a multiple of H_kv.
-        cos, sin: [S_video, D] as :func:`hhattn.rope_3d` gives them, or [1 or B, S_video, 1 or H, D]; S_video = S − text_len.
-            Both None: no rotation.
+        cos, sin: [S_video, D] as :func:`hhattn.rope_3d` gives them, or [1 or B, S_video, 1 or H, D]; S_video
+            is S − text_len. Both None: no rotation.
         q_weight, k_weight, q_bias, k_bias: the affine part of the norms: [D], or [H·D] for q and [H_kv·D] for k with
             ``across_heads``.
         norm: "rms", "layer", or None for none.

@@ -30,10 +30,10 @@ def rope_3d(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles of every token of a (frames, height, width) grid, tokens in raster order.
 
-    Axis a with d_a of the D dims turns pair i by the angle ``position_a · theta^(−2i / d_a)``, i = 0 … d_a/2 − 1. Pairs are
-    neighbours (2i, 2i+1) for "interleaved" and (i, i + D/2) for "half"; each frequency stands twice, at both places of its
-    pair. Angles are computed in float64, so positions may be fractional and as large as they like: there is no table to
-    run off.
+    Axis a with d_a of the D dims turns pair i by the angle ``position_a · theta^(−2i / d_a)``, i = 0 … d_a/2 − 1. Pairs
+    are neighbours (2i, 2i+1) for "interleaved" and (i, i + D/2) for "half"; each frequency stands twice, at both places
+    of its pair. Angles are computed in float64, so positions may be fractional and as large as they like: there is no
+    table to run off.
 
     Args:
         grid: three lengths (positions 0, 1, 2, …), or 1-D tensors of positions, or a mixture.

@@ -1,1 +1,1 @@
-"""The ops as formulas in plain PyTorch, one module each: the oracle that every other implementation is tested against."""
+"""The ops as formulas in plain PyTorch, one module each: the oracle that all other implementations are tested against."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def _grouped(op: Callable[[Tensor, Tensor], Tensor], r: Tensor, m: Tensor) -> Tensor:
-    """``op(r, m)`` for r [B, S, C] and m [B, F, C], where each of the F rows of m serves S/F tokens in turn: m is broadcast,
-    never expanded in memory."""
+    """``op(r, m)`` for r [B, S, C] and m [B, F, C], where each of the F rows of m serves S/F tokens in turn: m is
+    broadcast, never expanded in memory."""
     groups = m.shape[1]
     return op(r.unflatten(1, (groups, r.shape[1] // groups)), m.unsqueeze(2)).flatten(1, 2)
 
@@ -26,7 +26,8 @@ def norm_modulate(
     norm: str,
     eps: float,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``r = residual + gate·x``; ``y = (norm(r)·weight + bias)·(1 + scale) + shift``, in float32 (float64 for float64 x).
+    """``r = residual + gate·x``; ``y = (norm(r)·weight + bias)·(1 + scale) + shift``, float32 inside
+    (float64 for float64 x).
 
     Shapes and meaning as in :func:`hhattn.norm_modulate`.
     """

@@ -41,8 +41,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """``x·cos + rotated(x)·sin`` for ``x = norm(q)`` and ``norm(k)``, in float32 (float64 for float64 inputs).
 
-    cos and sin are [1 or B, S_video, 1 or H, D]; ``order`` [S], where given, is the raster index of each output token. The
-    rest as in :func:`hhattn.qk_norm_rope`.
+    cos and sin are [1 or B, S_video, 1 or H, D]; ``order`` [S], where given, is the raster index of each output token.
+    The rest as in :func:`hhattn.qk_norm_rope`.
     """
 
     def one(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,73 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from hhattn import _ext
+
+settings.register_profile("hhattn", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("hhattn")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_ISAS = [] if _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave GPU tests out where there is no GPU, instead of a page of skips."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """One thread: tests are small, and several test runs may share the machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=NATIVE_ISAS or [pytest.param("none", marks=pytest.mark.skip(_ext.why_missing() or ""))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set this CPU runs, in use for the time of the test."""
+    _ext.library().use_cpu_isa(request.param)
+    yield request.param
+    _ext.library().use_cpu_isa("")
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from ``torch.empty`` and its kin is filled with NaN, so that whatever is left unwritten is seen. Native
+    ops take their memory through the dispatcher; for those torch's own deterministic fill does the same."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+
+        def poisoned(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
+            out = _original(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, poisoned)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
