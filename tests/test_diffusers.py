@@ -1,0 +1,296 @@
+"""swap on small, randomly initialised diffusers transformers: the same numbers, and a way back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import randn
+from torch import Tensor, nn
+
+import hhattn
+
+pytest.importorskip("diffusers")
+
+from diffusers import SanaVideoTransformer3DModel, WanTransformer3DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0, WanRotaryPosEmbed
+
+GRID = (3, 4, 5)
+TOKENS = GRID[0] * GRID[1] * GRID[2]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest error over the largest value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter random, norms around 1: initial values would hide a norm's weight or a bias that is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+        weight_of_norm = "norm" in name and name.endswith("weight")
+        parameter.data = (
+            1 + 0.3 * noise if weight_of_norm else noise / fan_in**0.5 * (0.3 if parameter.ndim == 1 else 1)
+        )
+    return model.eval()
+
+
+@pytest.fixture
+def sana() -> SanaVideoTransformer3DModel:
+    model = SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
+        mlp_ratio=2.0, patch_size=(1, 2, 2), rope_max_seq_len=32,
+    )  # fmt: skip
+    return randomize(model)
+
+
+@pytest.fixture
+def wan() -> WanTransformer3DModel:
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    return randomize(model)
+
+
+def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One forward on seeded latents of GRID."""
+    latents = randn(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2], dtype=dtype, seed=1)
+    text, timestep = randn(2, 7, 16, dtype=dtype, seed=2), torch.tensor([3.0, 700.0])
+    if isinstance(model, SanaVideoTransformer3DModel):
+        return model(latents, encoder_hidden_states=text, timestep=timestep, return_dict=False)[0]
+    return model(latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(20, 112), (2, 12)])
+def test_op_equals_diffusers_sana_processor(heads: int, dim: int) -> None:
+    """The op with its default settings is SANA-Video's linear attention, at the real model's head dim too."""
+    attn = Attention(
+        query_dim=heads * dim, heads=heads, dim_head=dim, kv_heads=heads, qk_norm="rms_norm_across_heads", bias=True,
+        cross_attention_dim=None, processor=SanaLinearAttnProcessor3_0(),
+    )  # fmt: skip
+    randomize(attn)
+    rotary = WanRotaryPosEmbed(dim, (1, 1, 1), 32)(torch.empty(1, 1, *GRID))
+    x = randn(1, TOKENS, heads * dim, seed=3)
+    with torch.no_grad():
+        expected = attn(x, rotary_emb=rotary)
+        q, k = (
+            norm(to(x)).unflatten(2, (heads, dim)) for norm, to in ((attn.norm_q, attn.to_q), (attn.norm_k, attn.to_k))
+        )
+        v = attn.to_v(x).unflatten(2, (heads, dim))
+        rope = tuple(table[0, :, 0] for table in rotary)
+        out = attn.to_out[0](hhattn.block_linear_attention(q, k, v, rope=rope).flatten(2))
+        assert relative(out, expected) < 1e-5
+        ours = hhattn.block_linear_attention(q, k, v, rope=hhattn.rope_3d(GRID, dim))
+        assert relative(attn.to_out[0](ours.flatten(2)), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norms", [True, False])
+def test_sana_video_same_numbers_and_undo(sana: SanaVideoTransformer3DModel, norms: bool) -> None:
+    before, state = run(sana), {name: x.clone() for name, x in sana.state_dict().items()}
+    processors = dict(sana.attn_processors)
+    handle = hhattn.swap(sana, norms=norms)
+    swapped = run(sana)
+    assert relative(swapped, before) < 1e-5
+    assert not torch.equal(swapped, before), "nothing was swapped"
+    assert "swapped    2 x self-attention: hhattn.block_linear_attention" in handle.report()
+    assert "left       2 x cross-attention" in handle.report()
+    assert ("swapped    2 x q/k norm" in handle.report()) == norms
+    assert ("swapped    2 x block norms: hhattn.norm_modulate" in handle.report()) == norms
+    handle.undo()
+    assert torch.equal(run(sana), before)
+    assert all(a is b for a, b in zip(sana.attn_processors.values(), processors.values(), strict=True))
+    assert sana.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[name]) for name, x in sana.state_dict().items())
+    handle.undo()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_wan_same_numbers_and_undo(wan: WanTransformer3DModel, masked: bool, norms: bool, rope: bool) -> None:
+    dense = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool)
+    attention = hhattn.BlockMask.from_dense(dense, block_size=(16, 16)) if masked else "exact"
+    before = run(wan)
+    with hhattn.swap(wan, attention=attention, norms=norms, rope=rope) as handle:
+        assert relative(run(wan), before) < 2e-5
+        by = "hhattn.block_sparse_attention" if masked else "hhattn.attention"
+        assert f"swapped    2 x self-attention: {by}" in handle.report()
+        assert ("swapped    2 x rope" in handle.report()) == rope
+        assert ("swapped    2 x block norms: hhattn.norm_modulate" in handle.report()) == norms
+        assert all(layer.swapped for layer in handle.layers if layer.part == "self-attention")
+    assert torch.equal(run(wan), before)
+
+
+@torch.no_grad()
+def test_wan_sparse_mask_equals_sdpa_with_that_mask(wan: WanTransformer3DModel) -> None:
+    """A mask that is not dense reaches the scores: the same model with SDPA given the same mask."""
+    dense = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.5
+    dense |= torch.eye(TOKENS, dtype=torch.bool)
+    mask = hhattn.BlockMask.from_dense(dense[None, None], block_size=(16, 16))
+    plain = run(wan)
+    hooks = [
+        block.attn1.register_forward_pre_hook(lambda _, args: (args[0], args[1], dense[None, None], *args[3:]))
+        for block in wan.blocks
+    ]
+    expected = run(wan)
+    for hook in hooks:
+        hook.remove()
+    with hhattn.swap(wan, attention=mask):
+        got = run(wan)
+    assert relative(got, expected) < 2e-5
+    assert relative(got, plain) > 1e-3
+
+
+@torch.no_grad()
+def test_wan_variants(wan: WanTransformer3DModel) -> None:
+    """Without a norm before cross-attention (its default), and with a timestep a token (Wan 2.2 TI2V)."""
+    plain = randomize(WanTransformer3DModel.from_config({**wan.config, "cross_attn_norm": False}))
+    before = run(plain)
+    with hhattn.swap(plain):
+        assert relative(run(plain), before) < 2e-5
+
+    latents, text = randn(2, 4, GRID[0], 2 * GRID[1], 2 * GRID[2], seed=1), randn(2, 7, 16, seed=2)
+    timestep = 1000 * randn(2, TOKENS, seed=3).sigmoid()
+    before = wan(latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+    with hhattn.swap(wan) as handle:
+        assert relative(wan(latents, timestep, text, return_dict=False)[0], before) < 2e-5
+        assert all(layer.swapped for layer in handle.layers if layer.part == "block norms")
+
+
+@torch.no_grad()
+def test_a_block_someone_patched_keeps_its_forward(
+    wan: WanTransformer3DModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forward(*args: Tensor) -> Tensor:
+        return type(wan.blocks[0]).forward(wan.blocks[0], *args)
+
+    wan.blocks[0].forward = forward
+    before = run(wan)
+    handle = hhattn.swap(wan)
+    assert "left       1 x block norms: someone replaced the block's forward" in handle.report()
+    assert relative(run(wan), before) < 2e-5
+    wan.blocks[1].forward = forward
+    handle.undo()
+    assert wan.blocks[1].forward is forward
+    assert "given another forward since" in caplog.text
+
+
+@torch.no_grad()
+def test_wan_fused_projections(wan: WanTransformer3DModel) -> None:
+    before = run(wan)
+    for block in wan.blocks:
+        block.attn1.fuse_projections()
+    with hhattn.swap(wan):
+        assert relative(run(wan), before) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sana", "wan"])
+def test_bfloat16_no_worse_than_diffusers(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    exact = run(model)
+    model = model.to(torch.bfloat16)
+    diffusers_error = relative(run(model, torch.bfloat16).float(), exact)
+    with hhattn.swap(model):
+        assert relative(run(model, torch.bfloat16).float(), exact) < 1.5 * diffusers_error
+
+
+@pytest.mark.parametrize("name", ["sana", "wan"])
+def test_gradients_flow(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+
+    def gradients() -> list[Tensor]:
+        weights = [p for n, p in model.named_parameters() if "attn1" in n]
+        return list(torch.autograd.grad(run(model).square().sum(), weights))
+
+    expected = gradients()
+    with hhattn.swap(model):
+        got = gradients()
+    # k's bias has no gradient to speak of under softmax: compare with the largest of all
+    largest = max(x.abs().max() for x in expected)
+    assert all((a - b).abs().max() < 1e-4 * largest for a, b in zip(got, expected, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sana", "wan"])
+def test_swapped_model_compiles_whole(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    with hhattn.swap(model):
+        expected = run(model)
+        blocks = model.blocks if name == "wan" else model.transformer_blocks
+        for block in blocks:
+            block.attn1.compile(fullgraph=True, backend="aot_eager")
+        assert relative(run(model), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_pipelines_and_classes(sana: SanaVideoTransformer3DModel, wan: WanTransformer3DModel) -> None:
+    """Every known component of a pipeline is swapped; another instance of the class is not."""
+    pipeline = SimpleNamespace(
+        components={"transformer": wan, "transformer_2": sana, "vae": nn.Linear(1, 1), "other": None}
+    )
+    other = randomize(WanTransformer3DModel.from_config(wan.config))
+    before = run(other)
+    handle = hhattn.swap(pipeline)
+    assert {layer.path.split(".")[0] for layer in handle.layers if layer.swapped} == {"transformer", "transformer_2"}
+    assert torch.equal(run(other), before)
+
+
+def test_refuses(sana: SanaVideoTransformer3DModel, wan: WanTransformer3DModel) -> None:
+    with pytest.raises(
+        ValueError, match=r"Linear, which swap doesn't know; accepted: SanaVideoTransformer3DModel, Wan"
+    ):
+        hhattn.swap(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="attention='fast'; accepted for Wan"):
+        hhattn.swap(wan, attention="fast")
+    with pytest.raises(TypeError, match="attention is a Tensor"):
+        hhattn.swap(wan, attention=torch.ones(2, 2))
+    with pytest.raises(ValueError, match="accepted for SANA-Video"):
+        hhattn.swap(sana, attention="sliding")
+    with pytest.raises(ValueError, match="rope=False"):
+        hhattn.swap(sana, rope=False)
+    both = SimpleNamespace(components={"transformer": wan, "transformer_2": sana})
+    with pytest.raises(ValueError, match="rope=False"):
+        hhattn.swap(both, rope=False)
+    assert type(wan.blocks[0].attn1.processor).__module__.startswith("diffusers"), "a refused swap must change nothing"
+
+
+def test_masks_are_refused_not_ignored(sana: SanaVideoTransformer3DModel, wan: WanTransformer3DModel) -> None:
+    x = randn(1, 6, 24)
+    for model, blocks in ((sana, "transformer_blocks"), (wan, "blocks")):
+        hhattn.swap(model)
+        with pytest.raises(ValueError, match="attention_mask must be None"):
+            getattr(model, blocks)[0].attn1(x, attention_mask=torch.ones(1, 6))
+        with pytest.raises(ValueError, match="encoder_hidden_states must be None"):
+            getattr(model, blocks)[0].attn1(x, encoder_hidden_states=x)
+
+
+def test_foreign_processors_are_left(wan: WanTransformer3DModel, caplog: pytest.LogCaptureFixture) -> None:
+    class Mine:
+        def __call__(self, attn: nn.Module, x: Tensor, *_: object) -> Tensor:
+            return x
+
+    wan.blocks[0].attn1.set_processor(Mine())
+    handle = hhattn.swap(wan)
+    assert "left       1 x self-attention: its processor is a Mine" in handle.report()
+    later = Mine()
+    wan.blocks[1].attn1.set_processor(later)
+    handle.undo()
+    assert wan.blocks[1].attn1.processor is later
+    assert "given another processor since" in caplog.text
+
+
+def test_hhattn_imports_without_diffusers() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import hhattn, hhattn.integrations; hhattn.swap; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ok", done.stderr
