@@ -1,0 +1,27 @@
+"""Which keys each query attends: one object, :class:`BlockMask`, and a builder for each pattern.
+
+Builders are called ``masks.pattern(layout, ..., block_size=(64, 64), order="raster", q_frames=None, k_frames=None)``
+on a :class:`hhattn.VideoLayout` and share these arguments:
+
+- ``block_size`` (bq, bk): tokens in a block.
+- ``order``: the order of the tokens that the mask's rows and columns stand for. ``"raster"`` is how models hold them.
+  ``"tile"`` makes blocks compact boxes of the video, so 3D patterns touch several times fewer of them: build the mask
+  with ``order="tile"`` and let ``block_sparse_attention(..., order="raster")`` reorder raster tokens on the way in and
+  out.
+- ``q_frames``, ``k_frames``: numbers of the frames, in their order, that are there as queries and as keys; default all.
+  So a chunk of a long video attends the frames that a cache still holds: the queries' tokens are those of a layout of
+  ``len(q_frames)`` frames, in ``order``, while the pattern is that of the frames' true numbers.
+
+Patterns speak of video tokens; text tokens attend and are attended through :func:`text`, :func:`dense` or a ``|`` with
+them. Masks combine exactly: ``sliding_tile(...) & block_causal(...) | sink(...) | text(...)``.
+"""
+
+from hhattn.masks.block_causal import block_causal
+from hhattn.masks.block_mask import BlockMask, QLists
+from hhattn.masks.dense import dense
+from hhattn.masks.frame_window import frame_window
+from hhattn.masks.sink import sink
+from hhattn.masks.sliding_tile import sliding_tile
+from hhattn.masks.text import text
+
+__all__ = ["BlockMask", "QLists", "block_causal", "dense", "frame_window", "sink", "sliding_tile", "text"]

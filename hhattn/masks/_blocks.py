@@ -1,0 +1,170 @@
+"""The blocks of a mask in coordinates, the form in which masks are built and combined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hhattn.masks import _bits
+
+_ROWS = 512  # block rows listed at once: int64 coordinates of a whole dense mask would take 16 bytes a block
+
+
+class Shape(NamedTuple):
+    """Lengths in tokens, and the block size; ``nq x nk`` blocks cover them, the last ones ragged."""
+
+    q_len: int
+    k_len: int
+    bq: int
+    bk: int
+
+    @property
+    def nq(self) -> int:
+        return -(-self.q_len // self.bq)
+
+    @property
+    def nk(self) -> int:
+        return -(-self.k_len // self.bk)
+
+    def edge(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(kind [nq, nk] int64, tiles [4, bq, w]): ``tiles[kind[i, j]]`` has a bit for every real token pair of block
+        (i, j); kind 0 is a whole block."""
+        q_ragged = (torch.arange(1, self.nq + 1, device=device) * self.bq > self.q_len).long()
+        k_ragged = (torch.arange(1, self.nk + 1, device=device) * self.bk > self.k_len).long()
+        whole = torch.ones(4, self.bq, self.bk, dtype=torch.bool, device=device)
+        whole[2:, self.q_len - (self.nq - 1) * self.bq :] = False
+        whole[1::2, :, self.k_len - (self.nk - 1) * self.bk :] = False
+        return 2 * q_ragged[:, None] + k_ragged, _bits.pack(whole)
+
+
+class Blocks(NamedTuple):
+    """The blocks of one batch entry and head.
+
+    full: [nq, nk] bool, blocks whose every bq x bk token pair is real and attended.
+    partial: [P] int64, ``row * nk + column`` of every other block with at least one pair, ascending.
+    tile: [P] int64, each one's place in a table of bit tiles.
+    """
+
+    full: Tensor
+    partial: Tensor
+    tile: Tensor
+
+
+class Pairs(NamedTuple):
+    """Blocks still to be settled: block ``key`` gets the tile ``op(table[left], table[right])``."""
+
+    full: Tensor
+    key: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def settle(
+    slices: Sequence[Pairs], left: Tensor, right: Tensor, op: Callable[[Tensor, Tensor], Tensor], shape: Shape
+) -> tuple[list[Blocks], Tensor]:
+    """Compute each distinct (left, right) pair of tiles once; blocks that come out empty are dropped and blocks that
+    come out whole join ``full``. ``left``, ``right`` are the tables that the pairs point into. Returns the slices and
+    their table of distinct tiles."""
+    pair = torch.cat([s.left * len(right) + s.right for s in slices])
+    distinct, inverse = torch.unique(pair, return_inverse=True)
+    table, place = _bits.unique_tiles(op(left[distinct // max(1, len(right))], right[distinct % max(1, len(right))]))
+    bits = _bits.popcount(table)
+    keep = (bits > 0) & (bits < shape.bq * shape.bk)
+    renumbered = keep.cumsum(0) - 1
+    result = []
+    for s, tile in zip(slices, place[inverse].split([len(s.key) for s in slices]), strict=True):
+        full = s.full.clone()
+        full.view(-1)[s.key[bits[tile] == shape.bq * shape.bk]] = True
+        key, order = s.key[keep[tile]].sort()
+        result.append(Blocks(full, key, renumbered[tile[keep[tile]][order]]))
+    return result, table[keep]
+
+
+def classify(slices: Sequence[Blocks], table: Tensor, shape: Shape) -> tuple[list[Blocks], Tensor]:
+    """The same blocks with empty ones dropped, whole ones in ``full`` and the table free of duplicates."""
+    pairs = [Pairs(s.full, s.partial, s.tile, torch.zeros_like(s.tile)) for s in slices]
+    return settle(pairs, table, table[:1], lambda left, _: left, shape)
+
+
+def from_whole(blocks: Tensor, shape: Shape) -> tuple[list[Blocks], Tensor]:
+    """Slices of ``blocks`` [N, nq, nk] bool, each attended in whole; ragged ones become partial."""
+    kind, tiles = shape.edge(blocks.device)
+    slices = []
+    for attended in blocks:
+        ragged = (attended & (kind > 0)).view(-1).nonzero().squeeze(1)
+        slices.append(Blocks(attended & (kind == 0), ragged, kind.view(-1)[ragged]))
+    return classify(slices, tiles, shape)
+
+
+def from_dense(dense: Tensor, shape: Shape) -> tuple[list[Blocks], Tensor]:
+    """Slices of ``dense`` [N, q_len, k_len] bool."""
+    nq, nk, bq, bk = shape.nq, shape.nk, shape.bq, shape.bk
+    slices, tables, start = [], [], 0
+    for attended in dense:
+        padded = torch.nn.functional.pad(attended, (0, nk * bk - shape.k_len, 0, nq * bq - shape.q_len))
+        blocks = padded.view(nq, bq, nk, bk).transpose(1, 2)
+        full = blocks.all(-1).all(-1)
+        partial = (blocks.any(-1).any(-1) & ~full).view(-1).nonzero().squeeze(1)
+        packed = [_bits.pack(blocks[key // nk, key % nk]) for key in partial.split(1024)]
+        table, tile = _bits.unique_tiles(torch.cat(packed) if packed else empty_table(shape, dense.device))
+        slices.append(Blocks(full, partial, tile + start))
+        tables.append(table)
+        start += len(table)
+    return classify(slices, torch.cat(tables), shape)
+
+
+def empty_table(shape: Shape, device: torch.device) -> Tensor:
+    """A table of no tiles."""
+    return torch.zeros(0, shape.bq, -(-shape.bk // 8), dtype=torch.uint8, device=device)
+
+
+def to_dense(blocks: Blocks, table: Tensor, shape: Shape) -> Tensor:
+    """[q_len, k_len] bool."""
+    nq, nk, bq, bk = shape.nq, shape.nk, shape.bq, shape.bk
+    dense = blocks.full[:, None, :, None].expand(nq, bq, nk, bk).clone()
+    for key, tile in zip(blocks.partial.split(1024), blocks.tile.split(1024), strict=True):
+        dense[key // nk, :, key % nk] = _bits.unpack(table[tile], bk)
+    return dense.view(nq * bq, nk * bk)[: shape.q_len, : shape.k_len]
+
+
+def to_lists(full: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [nq, nk] -> (counts [nq] int32, indices [nq, max count] int32, ascending, 0 beyond the count)."""
+    counts = full.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    indices = torch.zeros(len(full), width, dtype=torch.int32, device=full.device)
+    for start in range(0, len(full), _ROWS):
+        row, column = full[start : start + _ROWS].nonzero(as_tuple=True)
+        indices[row + start, _place(row, counts[start : start + _ROWS])] = column.int()
+    return counts, indices
+
+
+def partial_lists(blocks: Blocks, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial blocks as (counts [nq], columns [nq, max count], tiles [nq, max count]), int32, 0 beyond the count."""
+    row, column = blocks.partial // shape.nk, blocks.partial % shape.nk
+    counts = torch.bincount(row, minlength=shape.nq).int()
+    width = int(counts.max()) if counts.numel() else 0
+    columns, tiles = torch.zeros(2, shape.nq, width, dtype=torch.int32, device=row.device)
+    place = _place(row, counts)
+    columns[row, place] = column.int()
+    tiles[row, place] = blocks.tile.int()
+    return counts, columns, tiles
+
+
+def _place(row: Tensor, counts: Tensor) -> Tensor:
+    """Place of each entry within its row, for entries sorted by row of which row i has ``counts[i]``."""
+    start = counts.long().cumsum(0) - counts
+    return torch.arange(len(row), device=row.device) - start[row]
+
+
+def from_lists(lists: Sequence[Tensor], shape: Shape) -> Blocks:
+    """The inverse of :func:`partial_lists` and :func:`to_lists`: ``lists`` are theirs of one batch entry and head."""
+    counts, columns, tiles, full_counts, full_columns = lists
+    device = counts.device
+    row, place = (torch.arange(columns.shape[1], device=device) < counts[:, None]).nonzero(as_tuple=True)
+    full = torch.zeros(shape.nq, shape.nk + 1, dtype=torch.bool, device=device)
+    beyond = torch.arange(full_columns.shape[1], device=device) >= full_counts[:, None]
+    full.scatter_(1, full_columns.long().masked_fill(beyond, shape.nk), True)
+    return Blocks(full[:, :-1].contiguous(), row * shape.nk + columns[row, place], tiles[row, place].long())
