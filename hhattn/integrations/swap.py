@@ -141,8 +141,8 @@ def swap(
         rope: rotate by :func:`hhattn.qk_norm_rope`. SANA-Video rotates inside its attention: there it can't be False.
 
     Returns:
-        a :class:`Swap`. ``.report()`` says what was swapped and what not. ``.undo()`` restores the model bit for bit; so
-        does the end of ``with hhattn.swap(model): ...``.
+        a :class:`Swap`: ``.report()`` says what was swapped and what not, ``.undo()`` restores the model bit for bit.
+        It is a context manager too: ``with hhattn.swap(model): ...``.
 
     Raises:
         ValueError: a model that isn't known, or arguments that it can't have. The model is then unchanged.
