@@ -1,0 +1,95 @@
+"""``hhattn generate``: words in, an MP4 out."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .generate import DEMO_PROMPT, Pipeline, Request
+from .io import VideoWriter, check_writable, read_picture
+from .presets import SIZES
+from .prior import Sampling
+from .text import SLOTS
+
+console = Console(stderr=True)
+
+
+def fail(message: object) -> typer.Exit:
+    """One clear line on stderr, exit code 2."""
+    print(f"hhattn: {message}", file=sys.stderr)
+    return typer.Exit(2)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show; `hhattn words` lists the vocabulary.")] = DEMO_PROMPT,
+    seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 60.0,
+    size: Annotated[str, typer.Option(help=f"Height x width: {', '.join(SIZES)}.")] = "720x1280",
+    fps: Annotated[float, typer.Option(help="Frames a second, 8 to 32.")] = 16.0,
+    seed: Annotated[int, typer.Option(help="Chooses the path, the noise and every word the prompt leaves open.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 3,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the motion prior; 0 takes the likeliest path.")] = 0.6,
+    top_k: Annotated[int, typer.Option(help="Of the motion prior; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Of the motion prior; 1 is off.")] = 0.9,
+    image: Annotated[Path | None, typer.Option(help="A picture that becomes the first frame.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The MP4 to write.")] = Path("out.mp4"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
+) -> None:
+    """Generate a clip with the bundled model: text-to-video, or image-to-video with --image."""
+    try:
+        request = Request(prompt, seconds, size, fps, seed, steps, guidance, Sampling(temperature, top_k, top_p))
+        picture = None if image is None else read_picture(image, *SIZES[size].native)
+        check_writable(output)
+        pipeline = Pipeline()
+        words = pipeline.understand(request, picture)
+    except (ValueError, FileNotFoundError) as e:
+        raise fail(e) from None
+    note = f" (left open, chosen by the seed: {', '.join(words.chosen)})" if words.chosen else ""
+    console.print(f"[bold]{words}[/]{note}, {request.frames} frames of {size} at {fps:g} a second", highlight=False)
+    start, stages = time.perf_counter(), {"encode": 0.0}
+    height, width = SIZES[size].output
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"), TimeElapsedColumn(), TimeRemainingColumn()
+    try:
+        with VideoWriter(output, height, width, fps) as writer, Progress(*columns, console=console) as progress:
+            task = progress.add_task("generating", total=request.frames)
+            for chunk in pipeline.stream(request, picture):
+                before = time.perf_counter()
+                writer.write(chunk.frames)
+                stages["encode"] += time.perf_counter() - before
+                for name, spent in chunk.seconds.items():
+                    stages[name] = stages.get(name, 0.0) + spent
+                progress.update(task, advance=len(chunk.frames))
+    except OSError as e:
+        print(f"hhattn: {output}: {e}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    report = {
+        "output": str(output),
+        "frames": request.frames,
+        "fps": fps,
+        "width": width,
+        "height": height,
+        "seconds_wall": round(time.perf_counter() - start, 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "stages": {k: round(v, 2) for k, v in stages.items()},
+        "model": "hhattn-dit-3m",
+        "prompt": words.words,
+        "chosen_by_seed": list(words.chosen),
+        "seed": seed,
+    }
+    console.print(f"wrote {output} in {report['seconds_wall']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB", highlight=False)
+    if as_json:
+        print(json.dumps(report))
+
+
+def words() -> None:
+    """List the words a prompt may use."""
+    for slot, options in SLOTS.items():
+        print(f"{slot:8} {', '.join(options)}")

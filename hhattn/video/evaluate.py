@@ -1,0 +1,153 @@
+"""How a clip holds up over its length, judged against the world it was trained on.
+
+The generated path and the prompt's words say what the world itself would have shown; that picture is the truth. Errors are
+taken inside the subject's box, where a missing or wrongly coloured subject costs most, and stand beside trivial baselines:
+the true picture without the subject, and with the subject in another colour. ``python -m hhattn.video.evaluate``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import track
+from torch import Tensor
+
+from .codec import TIME
+from .generate import Pipeline, Request
+from .presets import SIZES
+from .text import SLOTS, parse
+from .world import COLORS, RADIUS, scene_picture
+
+MARKS = (1.0, 5.0, 15.0, 30.0, 60.0)
+STRIDE = 2  # pictures are compared at half size
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One moment of one clip. PSNR in dB; errors in shares of the range (colour) and of a frame height (position)."""
+
+    seconds: float
+    box: float
+    full: float
+    box_no_subject: float
+    box_wrong_color: float
+    background: float
+    color_error: float
+    position_error: float
+    color_right: bool
+
+
+def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
+    """``a, b [3, h, w]``, optional mask ``[h, w]``."""
+    error = (a - b).square().mean(0)
+    mse = error.mean() if mask is None else (error * mask).sum() / mask.sum()
+    return -10 * math.log10(max(float(mse), 1e-10))
+
+
+def _truths(words: dict[str, str], pose: Tensor, t: float, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The world's picture, the one without a subject, the one in a wrong colour, and the subject's cover."""
+    wrong = list(COLORS)[(list(COLORS).index(words["color"]) + 3) % len(COLORS)]
+    truth, cover = scene_picture(words, pose, t, h, w)
+    other, _ = scene_picture({**words, "color": wrong}, pose, t, h, w)
+    away = pose.clone()
+    away[1] = -5.0
+    empty, _ = scene_picture(words, away, t, h, w)
+    return truth, empty, other, cover
+
+
+def judge(frame: Tensor, words: dict[str, str], pose: Tensor, t: float) -> Figures:
+    """``frame [3, h, w]`` made at time ``t`` with pose ``[4]``."""
+    _, h, w = frame.shape
+    truth, empty, other, cover = _truths(words, pose, t, h, w)
+    y, x = (torch.arange(h) + 0.5)[:, None] / h, (torch.arange(w) + 0.5)[None] / h
+    box = (((x - pose[0]).abs() < 0.25) & ((y - pose[1]).abs() < 0.25)).float()
+    core = (cover > 0.95).float()
+    mean = lambda picture: (picture * core).sum((1, 2)) / core.sum()
+    color = {}
+    for name in COLORS:
+        color[name] = float((mean(frame) - mean(scene_picture({**words, "color": name}, pose, t, h, w)[0])).abs().mean())
+    centre = lambda p: torch.stack([((p * g).sum() / p.sum().clamp(min=1e-6)) for g in (x.expand(h, w), y.expand(h, w))])
+    changed = lambda picture: ((picture - empty).abs().mean(0) - 0.04).clamp(min=0) * box
+    return Figures(
+        seconds=round(t, 2),
+        box=psnr(frame, truth, box),
+        full=psnr(frame, truth),
+        box_no_subject=psnr(empty, truth, box),
+        box_wrong_color=psnr(other, truth, box),
+        background=psnr(frame, truth, 1 - box),
+        color_error=color[words["color"]],
+        position_error=float((centre(changed(frame)) - centre(changed(truth))).norm()),
+        color_right=min(color, key=lambda k: color[k]) == words["color"],
+    )
+
+
+@dataclass(frozen=True)
+class Steadiness:
+    """Of a whole clip, from the decoded frames round the chunks' borders and from its path."""
+
+    seam_ratio: float  # mean frame difference at chunk borders over the mean elsewhere; 1 is seamless
+    jitter: float  # rms second difference of the subject's path over the rms first difference, per frame
+    motion: float  # rms speed of the subject, frame heights a second: a still clip is steady too
+
+
+def measure(pipeline: Pipeline, request: Request, marks: tuple[float, ...] = MARKS) -> tuple[list[Figures], Steadiness]:
+    """Generate one clip, judge the last frame at each mark, and the steadiness over all."""
+    words = pipeline.understand(request).words
+    height = SIZES[request.size].output[0] // STRIDE
+    figures, border, inside, path, last, shown = [], [], [], [], None, 0
+    left = [m for m in marks if m <= request.seconds]
+    for chunk in pipeline.stream(request):
+        frames = torch.nn.functional.avg_pool2d(chunk.frames.permute(0, 3, 1, 2).float() / 255, STRIDE)
+        if last is not None:
+            border.append(float((frames[0] - last).abs().mean()))
+        inside += (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).tolist()
+        last, shown = frames[-1], shown + len(frames)
+        pose = chunk.poses.flatten(0, 1)[-TIME * len(chunk.latents[0]) :]
+        pose = pose[TIME - 1 :] if chunk.index == 0 else pose
+        path.append(pose[: len(frames), :2])
+        if left and shown / request.fps >= left[0] - 1e-6:
+            left.pop(0)
+            figures.append(judge(last, words, pose[len(frames) - 1], (shown - 1) / request.fps))
+    assert last is not None and last.shape[1] == height
+    track_ = torch.cat(path)
+    speed, bend = torch.diff(track_, dim=0), torch.diff(track_, n=2, dim=0)
+    rms = lambda v: float(v.square().sum(-1).mean().sqrt())
+    seam = (sum(border) / len(border)) / (sum(inside) / len(inside)) if border else 1.0
+    return figures, Steadiness(seam, rms(bend) / max(rms(speed), 1e-9), rms(speed) * request.fps)
+
+
+def prompts(count: int, seed: int = 0) -> list[str]:
+    """Prompts that between them use every subject, scene and motion before repeating one."""
+    rng = random.Random(seed)
+    columns = {slot: [w for _ in range(count) for w in rng.sample(options, len(options))][:count] for slot, options in SLOTS.items()}
+    return [" ".join(columns[slot][i] for slot in SLOTS) for i in range(count)]
+
+
+def main(
+    count: Annotated[int, typer.Option("--prompts", help="How many prompts.")] = 8,
+    seconds: float = 60.0,
+    steps: int = 3,
+    weights: Annotated[Path | None, typer.Option(help="Folder of weights; default: the package's.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("out/evaluation.json"),
+) -> None:
+    """Figures at 1, 5, 15, 30 and 60 s for several prompts, as JSON and as a table."""
+    pipeline, rows = Pipeline(weights), []
+    for i, prompt in enumerate(track(prompts(count), description="clips")):
+        request = Request(prompt, seconds=seconds, steps=steps, seed=i)
+        figures, steady = measure(pipeline, request)
+        rows.append({"prompt": str(parse(prompt)), **asdict(steady), "at": [asdict(f) for f in figures]})
+        last = rows[-1]["at"][-1]
+        print(f"{prompt:48} box {last['box']:.1f} dB (none {last['box_no_subject']:.1f}, wrong colour {last['box_wrong_color']:.1f})")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,168 @@
+"""Words (and a picture) -> video, chunk by chunk: path -> denoise -> commit -> decode -> hand over -> forget.
+
+Memory does not depend on the clip's length: the model keeps its :class:`~hhattn.video.model.Memory`, the decoder two
+feature maps, the prior 24 seconds of knots, and pixels leave as soon as they are made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .codec import SPACE, TIME, Codec, DecoderState
+from .model import Memory, VideoDiT
+from .presets import SIZES, Size
+from .prior import KNOT_SECONDS, MotionPrior, Sampling, interpolate
+from .reader import Reader
+from .sampler import sample_chunk
+from .text import Prompt, parse
+from .weights import load
+
+DEMO_PROMPT = "a red balloon gliding over a meadow, panning camera"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate. Raises ValueError for what can't be done, before any work starts."""
+
+    prompt: str = DEMO_PROMPT
+    seconds: float = 60.0
+    size: str = "720x1280"
+    fps: float = 16.0
+    seed: int = 0
+    steps: int = 3
+    guidance: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise ValueError(f"seconds={self.seconds}; accepted: a number above 0")
+        if self.size not in SIZES:
+            raise ValueError(f"size={self.size!r}; accepted: {', '.join(SIZES)}")
+        if not 8 <= self.fps <= 32:
+            raise ValueError(f"fps={self.fps}; accepted: 8 to 32 (the model was trained at 16)")
+        if not 1 <= self.steps <= 100:
+            raise ValueError(f"steps={self.steps}; accepted: 1 to 100")
+        if not 0 <= self.guidance <= 20:
+            raise ValueError(f"guidance={self.guidance}; accepted: 0 to 20 (1 turns it off)")
+
+    @property
+    def frames(self) -> int:
+        return max(1, round(self.seconds * self.fps))
+
+
+@dataclass
+class Chunk:
+    """One chunk's frames, uint8 ``[n, H, W, 3]``, with what they were made from."""
+
+    index: int
+    frames: Tensor
+    latents: Tensor
+    poses: Tensor  # [T, 4, 4]: x, y, angle, camera of each of the latent frames' pictures
+    seconds: dict[str, float]
+
+
+class Pipeline:
+    """The bundled models, ready to generate. ``Pipeline()`` loads the weights that come with the package."""
+
+    def __init__(self, folder: Path | None = None):
+        self.codec, self.dit, self.prior, self.reader = Codec(), VideoDiT(), MotionPrior(), Reader()
+        load({"codec": self.codec, "dit": self.dit, "prior": self.prior, "reader": self.reader}, folder)
+
+    def understand(self, request: Request, picture: Tensor | None = None) -> Prompt:
+        """The prompt's words; with a picture, what the prompt leaves open is read off the picture."""
+        if picture is None:
+            return parse(request.prompt, request.seed)
+        seen = self.reader.read(self._encode(picture, SIZES[request.size])[0])
+        return parse(request.prompt or " ".join(seen.words.values()), request.seed, seen.words)
+
+    def _encode(self, picture: Tensor, size: Size) -> Tensor:
+        margin = size.margin
+        padded = F.pad(picture[None], (0, 0, margin, margin), mode="replicate")
+        return self.codec.encode(padded[None])[0]
+
+    @torch.no_grad()
+    def stream(self, request: Request, picture: Tensor | None = None) -> Iterator[Chunk]:
+        """Generate chunk after chunk. ``picture [3, H, W]`` (of the size's native height and width) becomes frame 0."""
+        size, prompt = SIZES[request.size], self.understand(request, picture)
+        words = prompt.ids()[None]
+        first = None if picture is None else self._encode(picture, size)
+        knots = torch.zeros(1, 0, 4)
+        if first is not None:
+            knots = self.reader.read(first[0]).pose.view(1, 1, 4)
+        memory: Memory | None = None
+        decoder: DecoderState | None = None
+        chance = torch.Generator().manual_seed(request.seed)
+        done, index, start = 0, 0, 0
+        while done < request.frames:
+            clock = Stopwatch()
+            count = self.dit.config.chunk + (index == 0)
+            times = self._times(start, count, request.fps)
+            knots = self._extend(knots, float(times[-1, -1]), words, request.sampling, chance)
+            poses = interpolate(knots, times.flatten()).view(1, count, TIME, 4)
+            poses[..., 0] *= size.aspect / (16 / 9)
+            clock.lap("motion")
+            latents, memory = self._denoise(request, words, times[None], poses, memory, index, size, first if index == 0 else None)
+            clock.lap("denoise")
+            frames, decoder = self._decode(latents, decoder, size)
+            frames = frames[: request.frames - done]
+            clock.lap("decode")
+            yield Chunk(index, frames, latents, poses[0], clock.laps)
+            done, index, start = done + len(frames), index + 1, start + count
+
+    @staticmethod
+    def _times(start: int, count: int, fps: float) -> Tensor:
+        """Seconds ``[count, 4]`` of the pictures in latent frames ``start``…; latent frame 0 is one picture, four times."""
+        k = torch.arange(start * TIME, (start + count) * TIME) - (TIME - 1)
+        return (k.clamp(min=0) / fps).view(count, TIME)
+
+    def _extend(self, knots: Tensor, until: float, words: Tensor, sampling: Sampling, g: torch.Generator) -> Tensor:
+        """Knots past ``until`` seconds, and one more, which the spline needs."""
+        need = int(until / KNOT_SECONDS) + 3 - knots.shape[1]
+        return self.prior.extend(knots, words[:, [2, 4]], max(0, need), sampling, g)
+
+    def _denoise(
+        self, request: Request, words: Tensor, times: Tensor, poses: Tensor, memory: Memory | None, index: int, size: Size, first: Tensor | None
+    ) -> tuple[Tensor, Memory]:
+        grid, origin = size.grid, torch.zeros(1, 2)
+        cond = self.dit.condition(words, times, poses, origin, grid, size.margin)
+        empty = None
+        if request.guidance != 1:
+            empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
+        g = torch.Generator().manual_seed((request.seed << 20) + index)  # a chunk's noise depends on its index alone
+        noise = torch.randn(1, times.shape[1], self.dit.config.channels, *grid, generator=g)
+        return sample_chunk(self.dit, cond, empty, noise, memory, steps=request.steps, guidance=request.guidance, first=first)
+
+    def _decode(self, latents: Tensor, state: DecoderState | None, size: Size) -> tuple[Tensor, DecoderState]:
+        """Latents -> uint8 pictures of the output's size, one latent frame at a time to keep the peak low."""
+        out = []
+        for z in latents.split(1, dim=1):
+            frames, state = self.codec.decode(z, state)
+            x = frames[0, :, :, size.margin : size.margin + size.native[0], : size.native[1]].clamp(0, 1)
+            if size.output != size.native:
+                x = F.interpolate(x, size=size.output, mode="area")
+            out.append((x.permute(0, 2, 3, 1) * 255).round().byte())
+        assert state is not None
+        return torch.cat(out), state
+
+
+class Stopwatch:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+__all__ = ["DEMO_PROMPT", "SPACE", "Chunk", "Pipeline", "Request"]

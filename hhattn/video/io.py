@@ -1,0 +1,82 @@
+"""Pictures in, H.264 out. A clip gets its name only when it is whole."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+class VideoWriter:
+    """``with VideoWriter(path, height, width, fps) as w: w.write(frames)``; uint8 frames ``[n, h, w, 3]``.
+
+    Frames go to ``path`` + ".part" as they come; leaving without an error renames it, leaving with one deletes it.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, fps: float, crf: int = 18):
+        self.path, self.part, self.frames = path, path.with_name(path.name + ".part"), 0
+        self.container = av.open(str(self.part), "w", format="mp4", options={"movflags": "faststart"})
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        self.stream.options = {"crf": str(crf), "preset": "veryfast"}
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def write(self, frames: Tensor) -> None:
+        for picture in frames.numpy():
+            for packet in self.stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
+                self.container.mux(packet)
+        self.frames += len(frames)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                for packet in self.stream.encode():
+                    self.container.mux(packet)
+            self.container.close()
+            if kind is None:
+                os.replace(self.part, self.path)
+        finally:
+            self.part.unlink(missing_ok=True)
+
+
+def read_picture(path: Path, height: int, width: int) -> Tensor:
+    """A picture file as ``[3, height, width]`` in [0, 1], scaled to cover and cropped in the middle.
+
+    Raises ValueError if it can't be read as a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"image {path}: not a readable picture ({e})") from None
+    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() / 255
+    factor = max(height / x.shape[2], width / x.shape[3])
+    size = (max(height, round(x.shape[2] * factor)), max(width, round(x.shape[3] * factor)))
+    if size != tuple(x.shape[2:]):
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return x[0, :, top : top + height, left : left + width]
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError, before any work, if a file can't be made at ``path``."""
+    if path.is_dir():
+        raise ValueError(f"output {path}: is a folder; give a file name")
+    folder = path.parent
+    if not folder.is_dir():
+        try:
+            folder.mkdir(parents=True)
+        except OSError as e:
+            raise ValueError(f"output {path}: its folder can't be made ({e.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"output {path}: the folder is not writable")
