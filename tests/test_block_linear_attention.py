@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -396,6 +397,20 @@ def test_compiles_whole(decayed: bool) -> None:
         torch.autograd.grad(got[0].sum(), leaves), torch.autograd.grad(expected[0].sum(), leaves), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_compiled_once_serves_every_length() -> None:
+    """Sequence length is a symbol, not a constant: the third length compiles nothing new."""
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def run(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return block_linear_attention(x, x, x, chunk_lens=6, rope=(cos, sin))
+
+    for tokens in (20, 32, 45):
+        x, rope = randn(1, tokens, 2, 8), tuple(t.float() for t in tables(tokens, 8))
+        torch.testing.assert_close(run(x, *rope), block_linear_attention(x, x, x, chunk_lens=6, rope=rope))
+    assert counter.frame_count == 1
 
 
 def test_meta_and_fake_tensors() -> None:
