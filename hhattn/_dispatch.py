@@ -97,6 +97,7 @@ def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
     arguments.
     """
     impls = _registry[op]
+    chosen: str | None
     if impl is not None:
         chosen, source = _check_name(impl, "impl"), "impl"
     elif _forced[0] is not None:

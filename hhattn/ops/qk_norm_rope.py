@@ -260,8 +260,8 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     tables = (cos, sin, order)
     dq, dq_weight, dq_bias, dq_cos, dq_sin = _backward_one(ctx, q, q_weight, q_bias, grad_q, tables)
     dk, dk_weight, dk_bias, dk_cos, dk_sin = _backward_one(ctx, k, k_weight, k_bias, grad_k, tables)
-    d_cos = (dq_cos + dk_cos).to(cos.dtype) if ctx.needs_input_grad[2] else None
-    d_sin = (dq_sin + dk_sin).to(sin.dtype) if ctx.needs_input_grad[3] else None
+    d_cos = None if dq_cos is None or dk_cos is None else (dq_cos + dk_cos).to(cos.dtype)
+    d_sin = None if dq_sin is None or dk_sin is None else (dq_sin + dk_sin).to(sin.dtype)
     return dq, dk, d_cos, d_sin, dq_weight, dk_weight, dq_bias, dk_bias, None, None, None, None, None, None
 
 

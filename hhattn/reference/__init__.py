@@ -1,1 +1,1 @@
-"""The ops as formulas in plain PyTorch, one module each: the oracle that all other implementations are tested against."""
+"""The ops as formulas in plain PyTorch, one module each: the oracle all other implementations are tested against."""
