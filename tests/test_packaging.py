@@ -36,8 +36,8 @@ def test_setup_never_imports_torch() -> None:
 
 def test_backend_asks_for_torch_only_where_it_is_missing(tmp_path: Path) -> None:
     code = (
-        "import sys, sysconfig; sys.path.insert(0, sys.argv[1]); import build_backend\n"
-        "if sys.argv[2]: sysconfig.get_path = lambda *a: sys.argv[2]\n"
+        "import sys, types; sys.path.insert(0, ''); import build_backend\n"
+        "if sys.argv[1]: build_backend.sysconfig = types.SimpleNamespace(get_path=lambda key: sys.argv[1])\n"
         "print([r for r in build_backend.get_requires_for_build_wheel() if 'torch' in r],\n"
         "      [r for r in build_backend.get_requires_for_build_editable() if 'torch' in r])"
     )
@@ -45,7 +45,7 @@ def test_backend_asks_for_torch_only_where_it_is_missing(tmp_path: Path) -> None
 
     def asked(site_packages: str, **environment: str) -> str:
         env = {**os.environ, **environment}
-        command = [sys.executable, "-c", code, str(source), site_packages]
+        command = [sys.executable, "-c", code, site_packages]
         return subprocess.run(command, env=env, cwd=source, capture_output=True, text=True, check=True).stdout
 
     assert asked("").endswith("[] []\n")

@@ -1,4 +1,4 @@
-"""qk_norm_rope: every implementation against float64, and the reference against PyTorch's norms and complex rotation."""
+"""qk_norm_rope: every implementation against float64, the reference against PyTorch's norms and complex rotation."""
 
 from __future__ import annotations
 

@@ -1,0 +1,59 @@
+"""norm_modulate against eager PyTorch, torch.compile and the speed of memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from harness import Case, options, report
+
+import hhattn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from helpers import assert_close_to_fp64, randn
+from test_norm_modulate import eager
+
+SHAPES = [(1, 8192, 1536, 1), (1, 9680, 2240, 11), (1, 9680, 2240, 9680)]  # batch, tokens, channels, modulation rows
+QUICK = [(1, 64, 96, 4)]
+
+
+def case(shape: tuple[int, int, int, int], norm: str, args: argparse.Namespace) -> Case:
+    batch, tokens, channels, rows = shape
+    x, residual = (randn(batch, tokens, channels, dtype=args.dtype, seed=i, device=args.device) for i in (0, 1))
+    scale, shift, gate = (randn(batch, rows, channels, dtype=args.dtype, seed=i, device=args.device) for i in (2, 3, 4))
+    how = {"norm": norm, "residual": residual, "gate": gate}
+    compiled = torch.compile(eager)
+
+    def check() -> None:
+        double = {n: t.double() for n, t in {"x": x, "scale": scale, "shift": shift, **how}.items() if n != "norm"}
+        outputs = (
+            hhattn.norm_modulate(x, scale, shift, **how),
+            eager(**double, norm=norm),
+            eager(x, scale, shift, **how),
+        )
+        for actual, expected, baseline in zip(*outputs, strict=True):
+            assert_close_to_fp64(actual, expected, baseline)
+
+    return Case(
+        f"{norm} {list(shape[:3])}, {rows} rows",
+        {
+            "hhattn": lambda: hhattn.norm_modulate(x, scale, shift, **how),
+            "eager": lambda: eager(x, scale, shift, **how),
+            "compile": lambda: compiled(x, scale, shift, **how),
+        },
+        (4 * x.numel() + 3 * scale.numel()) * x.element_size(),
+        check,
+    )
+
+
+def main() -> None:
+    args = options(__doc__ or "")
+    cases = [case(shape, norm, args) for shape in (QUICK if args.quick else SHAPES) for norm in ("rms", "layer")]
+    with torch.no_grad():
+        report("norm_modulate with a gated residual", cases, args)
+
+
+if __name__ == "__main__":
+    main()
