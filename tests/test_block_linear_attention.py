@@ -351,10 +351,11 @@ def test_strided_inputs_and_awkward_sizes() -> None:
     assert one.shape == (2, 1, 3, 5)
 
 
-def test_no_tokens_leave_the_state() -> None:
+@pytest.mark.parametrize("chunk_lens", [None, 4, []], ids=str)
+def test_no_tokens_leave_the_state(chunk_lens: int | list[int] | None) -> None:
     q, k, v = (x.float() for x in inputs(2, 0, 3, 3, 6, 5))
     state = LinearAttentionState(randn(2, 3, 6, 5), randn(2, 3, 6))
-    out, after = block_linear_attention(q, k, v, initial_state=state, output_final_state=True)
+    out, after = block_linear_attention(q, k, v, chunk_lens=chunk_lens, initial_state=state, output_final_state=True)
     assert out.shape == (2, 0, 3, 5)
     torch.testing.assert_close(tuple(after), tuple(state))
 

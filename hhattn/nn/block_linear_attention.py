@@ -55,7 +55,7 @@ class BlockLinearAttention(AttentionProjections):
         Streaming: hand each call the tokens of the next chunk and the state the call before returned.
         """
         q, k = self.queries_and_keys(x)  # the op rotates them itself, after the feature map
-        out = block_linear_attention(
+        result = block_linear_attention(
             q,
             k,
             self.heads(self.to_v(x)),
@@ -70,6 +70,6 @@ class BlockLinearAttention(AttentionProjections):
             initial_state=initial_state,
             output_final_state=output_final_state,
         )
-        out, state = out if output_final_state else (out, None)
-        out = self.to_out(out.flatten(2))
-        return (out, state) if output_final_state else out
+        if isinstance(result, tuple):
+            return self.to_out(result[0].flatten(2)), result[1]
+        return self.to_out(result.flatten(2))

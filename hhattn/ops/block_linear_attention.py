@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class LinearAttentionState(NamedTuple):
     kv: Tensor
     k_sum: Tensor
 
-    def to(self, *args: object, **kwargs: object) -> LinearAttentionState:
+    def to(self, *args: Any, **kwargs: Any) -> LinearAttentionState:
         """Both tensors through :meth:`torch.Tensor.to`."""
         return LinearAttentionState(self.kv.to(*args, **kwargs), self.k_sum.to(*args, **kwargs))
 
@@ -86,10 +86,10 @@ def _check_chunks(chunk_lens: int | Sequence[int] | None, tokens: int) -> int:
     if not all(isinstance(n, int) and n > 0 for n in lens):
         raise ValueError(f"chunk_lens must hold positive ints, got {chunk_lens}")
     if isinstance(chunk_lens, int):
-        return -(-tokens // chunk_lens)
+        return max(1, -(-tokens // chunk_lens))
     if sum(chunk_lens) != tokens:
         raise ValueError(f"chunk_lens must sum to S = {tokens}, got {sum(chunk_lens)}")
-    return len(chunk_lens)
+    return max(1, len(chunk_lens))
 
 
 def _check_rope(rope: tuple[Tensor, Tensor] | None, q: Tensor) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +31,21 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Run(NamedTuple):
-    """``count`` chunks of ``length`` tokens one after another, the first of them at token ``start``."""
+    """``chunks`` chunks of ``length`` tokens one after another, the first of them at token ``start``."""
 
     start: int
-    count: int
+    chunks: int
     length: int
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, H, S, D] -> this run's tokens [B, H, count, length, D], a view."""
-        return x.narrow(2, self.start, self.count * self.length).unflatten(2, (self.count, self.length))
+        """[B, H, S, D] -> this run's tokens [B, H, chunks, length, D], a view."""
+        return x.narrow(2, self.start, self.chunks * self.length).unflatten(2, (self.chunks, self.length))
 
 
 def chunk_runs(chunk_lens: int | Sequence[int] | None, tokens: int) -> list[Run]:
-    """The chunks of ``tokens`` tokens as runs of equal length, so that every run is one reshape and one product."""
-    if chunk_lens is None:
+    """The chunks of ``tokens`` tokens as runs of equal length: every run is one reshape and one product. No tokens are one
+    empty chunk."""
+    if chunk_lens is None or tokens == 0:
         return [Run(0, 1, tokens)]
     if isinstance(chunk_lens, int):
         full, rest = tokens // chunk_lens, tokens % chunk_lens  # no divmod: Dynamo has none for symbols
@@ -53,12 +54,12 @@ def chunk_runs(chunk_lens: int | Sequence[int] | None, tokens: int) -> list[Run]
     runs, start = [], 0
     for length, group in groupby(chunk_lens):
         runs.append(Run(start, len(list(group)), length))
-        start += runs[-1].count * length
+        start += runs[-1].chunks * length
     return runs
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_0, x_1), (x_2, x_3), … of [..., D] by the angles of ``cos``, ``sin`` [..., D] (each twice)."""
+    """Rotate the pairs (x_0, x_1), (x_2, x_3), … of [..., D] by the angles of ``cos``, ``sin`` [..., D], each twice."""
     cos, sin = cos[..., 0::2].to(x.dtype), sin[..., 1::2].to(x.dtype)
     if torch.compiler.is_compiling():
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -91,13 +92,13 @@ class _DecayedPrefix(torch.autograd.Function):
     """:func:`decayed_prefix` that keeps its result only, not the log2(N) steps, for the backward."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, decay: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
         y = decayed_prefix(x, decay)
         ctx.save_for_backward(y, decay)
         return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         y, decay = ctx.saved_tensors
         grad_x = decayed_prefix(grad, decay, reverse=True)
         carried = (grad_x[:, :, 1:] * y[:, :, :-1]).flatten(3).sum(-1)
@@ -134,14 +135,14 @@ def _chunk_sums(runs: list[Run], key: Tensor, value: Tensor | None = None) -> Te
 
 def _apply(runs: list[Run], query: Tensor, state: Tensor) -> Tensor:
     """Each chunk's queries [B, H, S, D] times its state [B, H, N, D, Dv] -> [B, H, S, Dv]."""
-    states = state.split([run.count for run in runs], 2)
+    states = state.split([run.chunks for run in runs], 2)
     return _join([(run.split(query) @ s).flatten(2, 3) for run, s in zip(runs, states, strict=True)])
 
 
 def _weight(runs: list[Run], query: Tensor, k_sum: Tensor) -> Tensor:
     """Each chunk's queries [B, H, S, D] times its key sum [B, H, N, D] -> [B, H, S, 1]. The sum is a row: a product
     with it as a column takes six times as long on a CPU."""
-    sums = k_sum[:, :, :, None].split([run.count for run in runs], 2)
+    sums = k_sum[:, :, :, None].split([run.chunks for run in runs], 2)
     rows = [(s @ run.split(query).transpose(3, 4)).flatten(2) for run, s in zip(runs, sums, strict=True)]
     return _join(rows)[..., None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
 from torch import Tensor
@@ -38,7 +38,7 @@ class LinearAttentionProcessor:
         q, k = norm_rope(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), None, self.fuse_norms)
         rope = None if rotary_emb is None else (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
         out = hhattn.block_linear_attention(q, k, heads(attn, attn.to_v(hidden_states)), rope=rope)
-        out = attn.to_out[0](out.flatten(2))
+        out = attn.to_out[0](cast(Tensor, out).flatten(2))
         return attn.to_out[1](out)
 
 
@@ -48,7 +48,7 @@ def block_forward(
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    timestep: Tensor | None = None,
+    timestep: Any = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,

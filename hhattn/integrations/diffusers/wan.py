@@ -43,7 +43,7 @@ class SelfAttentionProcessor:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         q, k = norm_rope(attn, q, k, rotary_emb if self.fuse_rope else None, self.fuse_norms)
         if rotary_emb is not None and not self.fuse_rope:
-            tables = (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
+            tables: Any = (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
             q, k = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (q, k))
         v = heads(attn, v)
         mask = self.mask
