@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
 
 def chunk_runs(chunk_lens: int | Sequence[int] | None, tokens: int) -> list[Run]:
-    """The chunks of ``tokens`` tokens as runs of equal length: every run is one reshape and one product. No tokens are one
+    """The chunks of ``tokens`` tokens as runs of equal length: a run is one reshape and one product. No tokens are one
     empty chunk."""
     if chunk_lens is None or tokens == 0:
         return [Run(0, 1, tokens)]
