@@ -5,20 +5,20 @@
 
 namespace hhattn::HHATTN_ISA {
 
-// 1 / sqrt(mean(row²) + eps), the row centred first for a layer norm.
-inline float normalizer(float* row, int64_t n, bool layer, float eps) {
-  if (layer) {
-    const float mean = reduce(n, [&](int64_t i, auto w) { return F32::load<decltype(w)::value>(row + i); }) / n;
-    sweep(n, [&](int64_t i, auto w) {
-      constexpr int N = decltype(w)::value;
-      F32::store<N>(row + i, F32::load<N>(row + i) - mean);
-    });
-  }
+// norm(row) = (row − mean)·rstd; mean is 0 for an rms norm. Squares are summed after centring, not E[x²] − E[x]²: a row far
+// from zero loses nothing.
+struct Stats {
+  float mean, rstd;
+};
+
+inline Stats statistics(const float* row, int64_t n, bool layer, float eps) {
+  float mean = 0;
+  if (layer) mean = reduce(n, [&](int64_t i, auto w) { return F32::load<decltype(w)::value>(row + i); }) / n;
   const float squares = reduce(n, [&](int64_t i, auto w) {
-    const auto v = F32::load<decltype(w)::value>(row + i);
+    const auto v = F32::load<decltype(w)::value>(row + i) - mean;
     return v * v;
   });
-  return 1.0f / __builtin_sqrtf(squares / n + eps);
+  return {mean, 1.0f / __builtin_sqrtf(squares / n + eps)};
 }
 
 }  // namespace hhattn::HHATTN_ISA

@@ -19,16 +19,16 @@ inline int64_t row_offset(const Modulation& m, int64_t b, int64_t s) {
 inline void fold_modulation(const NormModulate& a, int64_t scale_at, int64_t shift_at, const NormModulateScratch& t) {
   const int64_t n = a.channels;
   load_row(a.scale.in, scale_at, n, 0.0f, t.multiply);
-  load_row(a.bias, 0, n, 0.0f, t.add);
-  for (int64_t i = 0; i < n; ++i) {
-    t.multiply[i] += 1.0f;
-    t.add[i] *= t.multiply[i];
+  load_row(a.shift.in, shift_at, n, 0.0f, t.add);
+  for (int64_t i = 0; i < n; ++i) t.multiply[i] += 1.0f;
+  if (a.bias.data) {
+    load_row(a.bias, 0, n, 0.0f, t.row);
+    for (int64_t i = 0; i < n; ++i) t.add[i] += t.row[i] * t.multiply[i];
   }
-  load_row(a.shift.in, shift_at, n, 0.0f, t.row);
-  for (int64_t i = 0; i < n; ++i) t.add[i] += t.row[i];
-  if (!a.weight.data) return;
-  load_row(a.weight, 0, n, 1.0f, t.row);
-  for (int64_t i = 0; i < n; ++i) t.multiply[i] *= t.row[i];
+  if (a.weight.data) {
+    load_row(a.weight, 0, n, 1.0f, t.row);
+    for (int64_t i = 0; i < n; ++i) t.multiply[i] *= t.row[i];
+  }
 }
 
 // row = r; r is also written out when there is a residual.
@@ -70,13 +70,13 @@ inline void norm_modulate(const NormModulate& a, int64_t begin, int64_t end, flo
     scale_at = scale_now;
     shift_at = shift_now;
     sum_residual(a, b, s, t);
-    const float rstd = normalizer(t.row, n, a.layer, a.eps);
+    const Stats stats = statistics(t.row, n, a.layer, a.eps);
     with_dtype(a.y.dtype, [&](auto type) {
       using T = decltype(type);
       auto* y = static_cast<typename T::Element*>(a.y.data) + index * n;
       sweep(n, [&](int64_t i, auto w) {
         constexpr int N = decltype(w)::value;
-        const Vec<N> normed = F32::load<N>(t.row + i) * rstd;
+        const Vec<N> normed = (F32::load<N>(t.row + i) - stats.mean) * stats.rstd;
         T::template store<N>(y + i, normed * F32::load<N>(t.multiply + i) + F32::load<N>(t.add + i));
       });
     });

@@ -7,11 +7,11 @@
 
 namespace hhattn::HHATTN_ISA {
 
-// row = row·rstd·weight + bias; weight and bias are float rows of n.
-inline void apply_affine(float* row, int64_t n, float rstd, const float* weight, const float* bias) {
+// row = (row − mean)·rstd·weight + bias; weight and bias are float rows of n.
+inline void apply_norm(float* row, int64_t n, Stats stats, const float* weight, const float* bias) {
   sweep(n, [&](int64_t i, auto w) {
     constexpr int N = decltype(w)::value;
-    const Vec<N> normed = F32::load<N>(row + i) * rstd;
+    const Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
     F32::store<N>(row + i, normed * F32::load<N>(weight + i) + F32::load<N>(bias + i));
   });
 }
@@ -59,8 +59,7 @@ inline void norm_rope(const NormRope& a, int64_t begin, int64_t end, float* scra
     }
     if (a.norm != Norm::none) {
       for (float* part = row; part < row + width; part += group) {
-        const float rstd = normalizer(part, group, a.norm == Norm::layer, a.eps);
-        apply_affine(part, group, rstd, weight, bias);
+        apply_norm(part, group, statistics(part, group, a.norm == Norm::layer, a.eps), weight, bias);
       }
     }
     const int64_t at = s - a.start;

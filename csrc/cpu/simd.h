@@ -179,20 +179,31 @@ inline void sweep(int64_t n, const F& f) {
 
 template <int N>
 inline float sum(Vec<N> v) {
-  float total = 0;
-  for (int i = 0; i < N; ++i) total += v[i];
-  return total;
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vec<N / 2> low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum<N / 2>(low + high);
+  }
 }
 
-// Sum over [0, n) of f(i, Width), which gives a vector of that width.
+// Sum over [0, n) of f(i, Width), which gives a vector of that width. Four sums, since each waits for its last addition.
 template <class F>
 inline float reduce(int64_t n, const F& f) {
-  Vec<kLanes> wide = {};
+  Vec<kLanes> a = {}, b = {}, c = {}, d = {};
   float rest = 0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) wide += f(i, Width<kLanes>{});
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    a += f(i, Width<kLanes>{});
+    b += f(i + kLanes, Width<kLanes>{});
+    c += f(i + 2 * kLanes, Width<kLanes>{});
+    d += f(i + 3 * kLanes, Width<kLanes>{});
+  }
+  for (; i + kLanes <= n; i += kLanes) a += f(i, Width<kLanes>{});
   for (; i < n; ++i) rest += f(i, Width<1>{})[0];
-  return sum<kLanes>(wide) + rest;
+  return sum<kLanes>((a + b) + (c + d)) + rest;
 }
 
 // Neighbours changed places: (v1, v0, v3, v2, ...).
