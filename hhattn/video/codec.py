@@ -76,7 +76,8 @@ class CausalMix(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The learned residual: latents ``[B, T, C, h, w]`` -> ``[B, 4T, 3, 32h, 32w]``."""
+    """The learned residual: latents ``[B, T, C, h, w]`` and their linear picture at quarter size ``[B, 4T, 3, 8h, 8w]`` ->
+    ``[B, 4T, 3, 32h, 32w]``. The picture joins at 1/8, so that sharpening an edge needs to look at its neighbourhood only."""
 
     def __init__(self, channels: int = CHANNELS, widths: tuple[int, int, int] = (192, 80, 48)):
         super().__init__()
@@ -87,18 +88,19 @@ class Decoder(nn.Module):
         self.up_1 = nn.Conv2d(wide, mid * TIME * 4, 1)
         self.res_3 = ResBlock(mid)
         self.up_2 = nn.Conv2d(mid, thin * 4, 1)
+        self.look = nn.Conv2d(3 * 4, thin, 3, padding=1)
         self.res_4 = ResBlock(thin)
         self.pixel_1, self.pixel_2 = nn.Conv2d(thin, 96, 1), nn.Conv2d(96, 3 * 64, 1)
         nn.init.zeros_(self.pixel_2.weight)
         nn.init.zeros_(self.pixel_2.bias)
 
-    def forward(self, z: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, coarse: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         b, t = z.shape[:2]
         x = self.res_1(self.stem(z.flatten(0, 1)))
         y, past = self.time(x.unflatten(0, (b, t)), past)
         x = self.up_1(self.res_2(y.flatten(0, 1)))
         x = F.pixel_shuffle(x.unflatten(1, (TIME, -1)).flatten(0, 1), 2)
-        x = F.pixel_shuffle(self.up_2(self.res_3(x)), 2)
+        x = F.pixel_shuffle(self.up_2(self.res_3(x)), 2) + self.look(F.pixel_unshuffle(coarse.flatten(0, 1), 2))
         x = self.pixel_2(F.silu(self.pixel_1(pixel_norm(self.res_4(x)))))
         return F.pixel_shuffle(x, 8).unflatten(0, (b, TIME * t)), past
 
@@ -158,9 +160,13 @@ class Codec(nn.Module):
         q = q.movedim(-1, 2).reshape(b * t * TIME, 3 * _SEEN * _SEEN, h, w)
         return F.pixel_shuffle(q, _SEEN).unflatten(0, (b, t * TIME))
 
+    def reconstruct(self, z: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All of the decoder: ``[B, T, C, h, w]`` -> ``[B, 4T, 3, 32h, 32w]``, and the temporal mixing's new past."""
+        coarse = self.decode_linear(z)
+        fine, past = self.decoder(z, coarse, past)
+        return F.interpolate(coarse.flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine) + fine, past
+
     def decode(self, z: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """Decode the next latent frames. A clip's first call returns 1 + 4(T - 1) frames, later calls 4T."""
-        fine, past = self.decoder(z, None if state is None else state.past)
-        coarse = F.interpolate(self.decode_linear(z).flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine)
-        frames = coarse + fine
+        frames, past = self.reconstruct(z, None if state is None else state.past)
         return (frames[:, TIME - 1 :] if state is None else frames), DecoderState(past)

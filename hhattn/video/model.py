@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hhattn
+from hhattn import BlockMask, masks
 from hhattn.nn import BlockLinearAttention, BlockSparseAttention, NormModulate
 
 from .field import PositionField, clock
@@ -36,6 +37,7 @@ class Config:
     sparse_every: int = 3  # every n-th block is sparse softmax attention; 0: none
     pathway: str = "joint"  # what a linear block's tokens see: joint | spatial | temporal | alternating
     tile: tuple[int, int] = (4, 8)  # rows x columns of the sparse window's tiles
+    block: tuple[int, int] = (64, 64)  # tokens in a block of the sparse mask
     window: tuple[int, int, int] = (2, 3, 3)  # frames to either side, and tiles across, of the sparse window
     chunk: int = 4  # latent frames denoised together
     decay: tuple[float, ...] = (0.5, 0.5, 0.75, 0.75, 0.875)  # of the carried state, per head and chunk
@@ -104,32 +106,23 @@ def timestep_features(t: Tensor, dim: int = 64) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def window_mask(config: Config, grid: tuple[int, int], frames: int, chunk_lens: tuple[int, ...], past: int) -> hhattn.BlockMask:
-    """The sparse blocks' mask. Keys: ``past`` frames from the ring (the first of them the sink), then the call's ``frames``;
-    queries: the call's frames, in chunks of ``chunk_lens`` frames. A query sees a key if their tiles are within the window, and the
-    frames at most ``window[0]`` apart and not in a later chunk, or the key's is the clip's first frame. Tile order."""
-    h, w = grid
-    th, tw = config.tile
-    reach, wh, ww = config.window
-    near = _tile_window(h, th, wh)[:, None, :, None] & _tile_window(w, tw, ww)[None, :, None, :]
-    order = hhattn.VideoLayout(1, h, w, tile=(1, th, tw)).to_tiles(torch.arange(h * w)[None], dim=1)[0]
-    near = near.reshape(h * w, h * w)[order][:, order]
-    chunk = torch.repeat_interleave(torch.arange(len(chunk_lens)), torch.tensor(chunk_lens))
-    q_time = torch.arange(frames)
-    k_time = torch.cat([torch.arange(-past, 0), q_time])
-    k_chunk = torch.cat([torch.full((past,), -1), chunk])
-    seen = ((q_time[:, None] - k_time[None]).abs() <= reach) & (k_chunk[None] <= chunk[:, None])
-    seen[:, 0] = True
-    mask = seen[:, None, :, None] & near[None, :, None, :]
-    return hhattn.BlockMask.from_dense(mask.reshape(1, 1, frames * h * w, (past + frames) * h * w), block_size=(64, 64))
+def window_mask(config: Config, grid: tuple[int, int], frames: int, chunk_lens: tuple[int, ...], past: int) -> BlockMask:
+    """The sparse blocks' mask, in tile order.
 
-
-def _tile_window(size: int, tile: int, window: int) -> Tensor:
-    """Which positions of one axis see which: tiles at most window//2 apart, the window clamped to stay inside (STA)."""
-    index = torch.arange(size) // tile
-    count = int(index[-1]) + 1
-    centre = index.clamp(window // 2, max(count - 1 - window // 2, window // 2))
-    return (centre[:, None] - index[None]).abs() <= window // 2
+    Keys: ``past`` frames from the ring (the first of them the sink), then the call's ``frames``; queries: the call's. A query
+    sees a key if their tiles are within the window and the frames at most ``window[0]`` apart and not in a later chunk, or
+    the key's frame is the sink: the clip's first.
+    """
+    if len(set(chunk_lens[:-1])) > 1 or chunk_lens[-1] > chunk_lens[0] or (past and len(chunk_lens) > 1):
+        raise ValueError(f"chunk_lens={chunk_lens}; accepted: equal chunks, the last may be shorter; one chunk after a memory")
+    layout = hhattn.VideoLayout(past + frames, *grid, tile=(1, *config.tile))
+    reach, rows, columns = config.window
+    only = {"block_size": config.block, "order": "tile", "q_frames": range(past, past + frames)}
+    near = masks.sliding_tile(layout, (layout.frames, rows, columns), **only)
+    seen = masks.frame_window(layout, reach, **only)
+    if len(chunk_lens) > 1:
+        seen = seen & masks.block_causal(layout, chunk_lens[0], **only)
+    return near & (seen | masks.sink(layout, 1, **only))
 
 
 class MixFFN(nn.Module):

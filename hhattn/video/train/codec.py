@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..codec import TIME, Codec
 from ..world import Clip, paint, render
-from .data import FPS, MARGIN, frame_times
+from .data import FPS, MARGIN, frame_times, load_codec
 from .loop import run
 from .muon import Muon
 
 CROP, LATENTS, CLIPS = 128, 2, 6  # pixels, latent frames, clips a step
-POOL = 400  # clips kept for reuse; a few are replaced each step
+FIRST, POOL = 1200, 6000  # clips rendered before the first step, and kept for reuse; two are added each step
 _ROWS, _COLUMNS, _UNIT = 736, 1280, 720
 
 
@@ -45,7 +45,7 @@ class Crops:
         self.pool: list[Tensor] = []
 
     def draw(self, count: int) -> Tensor:
-        for _ in range(40 if not self.pool else 1):
+        for _ in range(2 if self.pool else FIRST):
             self.pool.append((crop(self.rng) * 255).byte())
         del self.pool[: max(0, len(self.pool) - POOL)]
         picks = torch.stack([self.rng.choice(self.pool) for _ in range(count)]).float() / 255
@@ -61,9 +61,7 @@ def loss_of(codec: Codec, truth: Tensor, g: torch.Generator) -> Tensor:
     little noise, so that the decoder forgives the DiT's small errors."""
     z = codec.project(codec.blocks(truth))
     z = z + torch.randn(z.shape, generator=g) * 0.15 * torch.rand(len(z), 1, 1, 1, 1, generator=g)
-    fine, _ = codec.decoder(z, None)
-    coarse = F.interpolate(codec.decode_linear(z).flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine)
-    error = coarse + fine - truth
+    error = codec.reconstruct(z)[0] - truth
     edges = sum(e.abs().mean() for e in _edges(error))
     cells = F.avg_pool2d(error.flatten(0, 1), 8).abs().mean()
     motion = (error[:, 1:] - error[:, :-1]).abs().mean()
@@ -89,7 +87,7 @@ def evaluate(codec: Codec, count: int = 6) -> dict[str, float]:
 
 def optimizers(decoder: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions (each kernel one matrix, outputs x inputs), AdamW for the stem, the last layer and vectors."""
-    muon = [p for n, p in decoder.named_parameters() if p.ndim > 1 and not n.startswith(("stem", "pixel_2")) and "scale" not in n]
+    muon = [p for n, p in decoder.named_parameters() if p.ndim > 1 and not n.startswith(("stem", "look", "pixel_2")) and "scale" not in n]
     kept = {id(p) for p in muon}
     adam = [p for p in decoder.parameters() if id(p) not in kept]
     return [Muon(muon, lr), torch.optim.AdamW(adam, lr, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -98,8 +96,7 @@ def optimizers(decoder: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 def train(data: Path, out: Path, minutes: float, lr: float = 1.5e-3, seed: int = 0, every: float = 5.0) -> Codec:
     """Train the decoder on top of the encoder in ``data/encoder.pt``; see :func:`hhattn.video.train.loop.run`."""
     torch.manual_seed(seed)
-    codec, crops = Codec(), Crops(seed)
-    codec.load_state_dict(torch.load(data / "encoder.pt"))
+    codec, crops = load_codec(data), Crops(seed)
     return run(
         "codec",
         out,

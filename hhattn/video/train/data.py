@@ -59,6 +59,13 @@ def make_clips(codec: Codec, rng: random.Random, count: int, latents: int) -> di
     return {k: torch.stack(v) for k, v in out.items()}
 
 
+def load_codec(folder: Path) -> Codec:
+    """A codec with the fitted encoder and an untrained decoder."""
+    codec = Codec()
+    codec.load_state_dict(codec.state_dict() | torch.load(folder / "encoder.pt"))
+    return codec
+
+
 def held_out(folder: Path, codec: Codec, count: int = 48) -> None:
     """Two latent frames of clips whose seeds training never sees."""
     path = folder / "held.pt"
@@ -71,9 +78,8 @@ def make(folder: Path, shards: int = 40, clips: int = 48, latents: int = 8, seed
     folder.mkdir(parents=True, exist_ok=True)
     encoder = folder / "encoder.pt"
     if not encoder.exists():
-        save(encoder, fit_codec(random.Random(12345)).state_dict())
-    codec = Codec()
-    codec.load_state_dict(torch.load(encoder))
+        save(encoder, {k: v for k, v in fit_codec(random.Random(12345)).state_dict().items() if "decoder" not in k})
+    codec = load_codec(folder)
     held_out(folder, codec)
     for i in range(shards):
         shard = folder / f"clips-{seed}-{i:03d}.pt"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..codec import SPACE, Codec
 from ..model import VideoDiT
-from .data import MARGIN
+from .data import MARGIN, load_codec
 from .loop import run
 from .muon import Muon
 
@@ -173,8 +173,7 @@ def train(
 ) -> VideoDiT:
     """Train on the latents under ``data``; see :func:`hhattn.video.train.loop.run` for resuming and pausing."""
     torch.manual_seed(seed)
-    codec = Codec()
-    codec.load_state_dict(torch.load(data / "encoder.pt"))
+    codec = load_codec(data)
     pool, held, model = Pool(data), torch.load(data / "held.pt"), VideoDiT()
     model.spread.copy_(pool.spread())
     weight = codec.spread**2

@@ -12,21 +12,21 @@ from torch import Tensor
 from ..codec import SPACE, TIME, Codec
 from ..reader import BINS, Reader
 from ..world import CAMERA_PERIOD, SLOTS, Clip, render
-from .data import MARGIN, word_ids
+from .data import MARGIN, load_codec, word_ids
 from .loop import run, save
 
 
 @torch.no_grad()
 def stills(codec: Codec, rng: random.Random, count: int) -> dict[str, Tensor]:
     """Latents of single pictures ``z [n, C, 23, 40]`` fp16, ``words [n, 5]``, ``poses [n, 4]``."""
-    out: dict[str, list[Tensor]] = {"z": [], "words": [], "poses": []}
-    for _ in range(count):
+    z = torch.empty(count, codec.channels, 23, 40, dtype=torch.float16)  # filled in place: small results between large
+    words, poses = torch.empty(count, 5, dtype=torch.int64), torch.empty(count, 4)  # temporaries would scatter over the heap
+    for i in range(count):
         clip, t = Clip.draw(rng), torch.tensor([rng.uniform(0, 60)])
         picture, _ = render(clip, t, margin=MARGIN, stride=4)
-        out["z"].append(codec.project(codec.blocks(picture.expand(TIME, -1, -1, -1)[None], 1))[0, 0].half())
-        out["words"].append(word_ids(clip))
-        out["poses"].append(clip.path(t)[0])
-    return {k: torch.stack(v) for k, v in out.items()}
+        z[i] = codec.project(codec.blocks(picture.expand(TIME, -1, -1, -1)[None], 1))[0, 0]
+        words[i], poses[i] = word_ids(clip), clip.path(t)[0]
+    return {"z": z, "words": words, "poses": poses}
 
 
 def targets(words: Tensor, poses: Tensor, w: int = 40) -> dict[str, Tensor]:
@@ -50,11 +50,10 @@ def loss_of(model: Reader, z: Tensor, t: dict[str, Tensor]) -> Tensor:
 
 def train(data: Path, out: Path, minutes: float, lr: float = 1e-3, seed: int = 0, every: float = 2.0) -> Reader:
     torch.manual_seed(seed)
-    codec = Codec()
-    codec.load_state_dict(torch.load(data / "encoder.pt"))
+    codec = load_codec(data)
     path = data / "stills.pt"
     if not path.exists():
-        save(path, stills(codec, random.Random("stills"), 8000))
+        save(path, stills(codec, random.Random("stills"), 6000))
     pool, held = torch.load(path), stills(codec, random.Random("held stills"), 128)
 
     def step_loss(model: Reader, g: torch.Generator) -> Tensor:
