@@ -35,7 +35,9 @@ def generate(
     fps: Annotated[float, typer.Option(help="Frames a second, 8 to 32.")] = 16.0,
     seed: Annotated[int, typer.Option(help="Chooses the path, the noise and every word the prompt leaves open.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 3,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")
+    ] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the motion prior; 0 takes the likeliest path.")] = 0.6,
     top_k: Annotated[int, typer.Option(help="Of the motion prior; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Of the motion prior; 1 is off.")] = 0.9,
@@ -56,7 +58,13 @@ def generate(
     console.print(f"[bold]{words}[/]{note}, {request.frames} frames of {size} at {fps:g} a second", highlight=False)
     start, stages = time.perf_counter(), {"encode": 0.0}
     height, width = SIZES[size].output
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} frames"), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} frames"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with VideoWriter(output, height, width, fps) as writer, Progress(*columns, console=console) as progress:
             task = progress.add_task("generating", total=request.frames)
@@ -84,7 +92,9 @@ def generate(
         "chosen_by_seed": list(words.chosen),
         "seed": seed,
     }
-    console.print(f"wrote {output} in {report['seconds_wall']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB", highlight=False)
+    console.print(
+        f"wrote {output} in {report['seconds_wall']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB", highlight=False
+    )
     if as_json:
         print(json.dumps(report))
 

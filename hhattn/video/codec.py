@@ -4,11 +4,11 @@ Like Wan's and LTX's codecs it maps 1 + 4n frames to 1 + n latent frames: the fi
 (seen as four equal frames), every later one holds four frames, and nothing looks ahead.
 
 * **Encoder**: linear. The principal components of 32x32x4 blocks, seen at quarter resolution (768 numbers -> 64),
-  partially whitened. Fitted in closed form, costs next to nothing, and has no receptive field beyond its block, so encoding
-  in pieces gives the very same latents.
-* **Decoder**: the encoder's pseudo-inverse plus a learned residual: residual convolutions at 1/32 with a causal temporal
-  mixing, then time x4 and space x2, twice x2 with convolutions, and a pixel MLP with an 8x8 shuffle. Its streaming state is the
-  last two feature maps of the temporal mixing.
+  partially whitened. Fitted in closed form, costs next to nothing, and has no receptive field beyond its block, so
+  encoding in pieces gives the very same latents.
+* **Decoder**: the encoder's pseudo-inverse plus a learned residual: residual convolutions at 1/32 with a causal
+  temporal mixing, then time x4 and space x2, twice x2 with convolutions, and a pixel MLP with an 8x8 shuffle. Its
+  streaming state is the last two feature maps of the temporal mixing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ class DecoderState:
     past: Tensor
 
 
+def zero(layer: nn.Module) -> None:
+    """Start a residual branch at nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(conv(rms(x)))); the norm is per pixel, so no statistics cross a chunk or a tile."""
 
@@ -47,8 +53,7 @@ class ResBlock(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)
+        zero(self.conv_2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_2(F.silu(self.conv_1(pixel_norm(x) * self.scale)))
@@ -64,8 +69,7 @@ class CausalMix(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.mix = nn.Conv2d(3 * channels, channels, 1)
-        nn.init.zeros_(self.mix.weight)
-        nn.init.zeros_(self.mix.bias)
+        zero(self.mix)
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x [B, T, c, h, w]`` and the last two inputs -> the same shape, and the new past."""
@@ -76,8 +80,9 @@ class CausalMix(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The learned residual: latents ``[B, T, C, h, w]`` and their linear picture at quarter size ``[B, 4T, 3, 8h, 8w]`` ->
-    ``[B, 4T, 3, 32h, 32w]``. The picture joins at 1/8, so that sharpening an edge needs to look at its neighbourhood only."""
+    """The learned residual: latents ``[B, T, C, h, w]`` and their linear picture at quarter size
+    ``[B, 4T, 3, 8h, 8w]`` -> ``[B, 4T, 3, 32h, 32w]``. The picture joins at 1/8, so that sharpening an edge needs to
+    look at its neighbourhood only."""
 
     def __init__(self, channels: int = CHANNELS, widths: tuple[int, int, int] = (192, 80, 48)):
         super().__init__()
@@ -91,8 +96,7 @@ class Decoder(nn.Module):
         self.look = nn.Conv2d(3 * 4, thin, 3, padding=1)
         self.res_4 = ResBlock(thin)
         self.pixel_1, self.pixel_2 = nn.Conv2d(thin, 96, 1), nn.Conv2d(96, 3 * 64, 1)
-        nn.init.zeros_(self.pixel_2.weight)
-        nn.init.zeros_(self.pixel_2.bias)
+        zero(self.pixel_2)
 
     def forward(self, z: Tensor, coarse: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         b, t = z.shape[:2]
@@ -106,7 +110,8 @@ class Decoder(nn.Module):
 
 
 class Codec(nn.Module):
-    """Encoder and decoder with streaming state. Pictures are float in [0, 1], ``[B, T, 3, H, W]``, H and W multiples of 32."""
+    """Encoder and decoder with streaming state. Pictures are float in [0, 1], ``[B, T, 3, H, W]``, H and W multiples
+    of 32."""
 
     mean: Tensor
     basis: Tensor
@@ -122,14 +127,15 @@ class Codec(nn.Module):
 
     @staticmethod
     def blocks(frames: Tensor, stride: int = 4) -> Tensor:
-        """``[B, 4T, 3, H, W]`` -> ``[B, T, h, w, 768]``; ``stride`` 4 for full-size pictures, 1 if already at quarter size."""
+        """``[B, 4T, 3, H, W]`` -> ``[B, T, h, w, 768]``; ``stride`` 4 for full-size pictures, 1 if already at quarter
+        size."""
         seen = F.avg_pool2d(frames.flatten(0, 1), stride) if stride > 1 else frames.flatten(0, 1)
         q = F.pixel_unshuffle(seen, _SEEN)
         return q.reshape(frames.shape[0], -1, _BLOCK, *q.shape[2:]).movedim(2, -1)
 
     def fit(self, blocks: Tensor, power: float = 0.6) -> None:
-        """Principal components of ``blocks [n, 768]``. Channel c is divided by σ_c^power (rescaled to unit mean variance), so
-        that noise of one level hides fine channels first, as it does in pixels."""
+        """Principal components of ``blocks [n, 768]``. Channel c is divided by σ_c^power (rescaled to unit mean
+        variance), so that noise of one level hides fine channels first, as it does in pixels."""
         self.mean.copy_(blocks.mean(0))
         centred = blocks - self.mean
         variance, basis = torch.linalg.eigh(centred.T @ centred / len(blocks))

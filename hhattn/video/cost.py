@@ -11,8 +11,8 @@ from .model import Config, VideoDiT
 
 @dataclass(frozen=True)
 class Cost:
-    """``flops``: floating-point operations (2 a multiply-add) of one pass over one latent frame, softmax windows as dense tiles;
-    ``memory_bytes``: what a stream carries from chunk to chunk, in fp32."""
+    """``flops``: floating-point operations (2 a multiply-add) of one pass over one latent frame, softmax windows as
+    dense tiles; ``memory_bytes``: what a stream carries from chunk to chunk, in fp32."""
 
     parameters: int
     flops: int
@@ -26,7 +26,9 @@ def cost(config: Config, grid: tuple[int, int]) -> Cost:
     n, dim, hd = grid[0] * grid[1], config.dim, config.head_dim
     once_a_frame = ("words.", "pool.", "time.", "final_ada.", "field.subject", "field.backdrop", "field.film")
     per_token = sum(
-        p.numel() for name, p in model.named_parameters() if not name.startswith(once_a_frame) and ".ada." not in name and p.ndim > 1
+        p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith(once_a_frame) and ".ada." not in name and p.ndim > 1
     )
     flops, memory = 2 * per_token * n, 0
     for layer in range(config.layers):

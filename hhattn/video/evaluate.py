@@ -1,8 +1,9 @@
 """How a clip holds up over its length, judged against the world it was trained on.
 
-The generated path and the prompt's words say what the world itself would have shown; that picture is the truth. Errors are
-taken inside the subject's box, where a missing or wrongly coloured subject costs most, and stand beside trivial baselines:
-the true picture without the subject, and with the subject in another colour. ``python -m hhattn.video.evaluate``.
+The generated path and the prompt's words say what the world itself would have shown; that picture is the truth.
+Errors are taken inside the subject's box, where a missing or wrongly coloured subject costs most, and stand beside
+trivial baselines: the true picture without the subject, and with the subject in another colour.
+``python -m hhattn.video.evaluate``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from .codec import TIME
 from .generate import Pipeline, Request
-from .presets import SIZES
 from .text import SLOTS, parse
 from .world import COLORS, RADIUS, scene_picture
 
@@ -62,6 +62,20 @@ def _truths(words: dict[str, str], pose: Tensor, t: float, h: int, w: int) -> tu
     return truth, empty, other, cover
 
 
+def _mean(picture: Tensor, mask: Tensor) -> Tensor:
+    """Mean colour ``[3]`` of a picture under a mask."""
+    return (picture * mask).sum((1, 2)) / mask.sum()
+
+
+def _centre(change: Tensor, box: Tensor) -> Tensor:
+    """Where a picture differs from the empty scene: the centre (x, y) of ``change [3, h, w]`` inside the box, in
+    frame heights."""
+    h, w = box.shape
+    weight = (change.mean(0) - 0.04).clamp(min=0) * box
+    y, x = (torch.arange(h) + 0.5)[:, None] / h, (torch.arange(w) + 0.5)[None] / h
+    return torch.stack([(weight * x).sum(), (weight * y).sum()]) / weight.sum().clamp(min=1e-6)
+
+
 def judge(frame: Tensor, words: dict[str, str], pose: Tensor, t: float) -> Figures:
     """``frame [3, h, w]`` made at time ``t`` with pose ``[4]``."""
     _, h, w = frame.shape
@@ -69,12 +83,11 @@ def judge(frame: Tensor, words: dict[str, str], pose: Tensor, t: float) -> Figur
     y, x = (torch.arange(h) + 0.5)[:, None] / h, (torch.arange(w) + 0.5)[None] / h
     box = (((x - pose[0]).abs() < 0.25) & ((y - pose[1]).abs() < 0.25)).float()
     core = (cover > 0.95).float()
-    mean = lambda picture: (picture * core).sum((1, 2)) / core.sum()
     color = {}
     for name in COLORS:
-        color[name] = float((mean(frame) - mean(scene_picture({**words, "color": name}, pose, t, h, w)[0])).abs().mean())
-    centre = lambda p: torch.stack([((p * g).sum() / p.sum().clamp(min=1e-6)) for g in (x.expand(h, w), y.expand(h, w))])
-    changed = lambda picture: ((picture - empty).abs().mean(0) - 0.04).clamp(min=0) * box
+        color[name] = float(
+            (_mean(frame, core) - _mean(scene_picture({**words, "color": name}, pose, t, h, w)[0], core)).abs().mean()
+        )
     return Figures(
         seconds=round(t, 2),
         box=psnr(frame, truth, box),
@@ -83,7 +96,7 @@ def judge(frame: Tensor, words: dict[str, str], pose: Tensor, t: float) -> Figur
         box_wrong_color=psnr(other, truth, box),
         background=psnr(frame, truth, 1 - box),
         color_error=color[words["color"]],
-        position_error=float((centre(changed(frame)) - centre(changed(truth))).norm()),
+        position_error=float((_centre((frame - empty).abs(), box) - _centre((truth - empty).abs(), box)).norm()),
         color_right=min(color, key=lambda k: color[k]) == words["color"],
     )
 
@@ -100,7 +113,6 @@ class Steadiness:
 def measure(pipeline: Pipeline, request: Request, marks: tuple[float, ...] = MARKS) -> tuple[list[Figures], Steadiness]:
     """Generate one clip, judge the last frame at each mark, and the steadiness over all."""
     words = pipeline.understand(request).words
-    height = SIZES[request.size].output[0] // STRIDE
     figures, border, inside, path, last, shown = [], [], [], [], None, 0
     left = [m for m in marks if m <= request.seconds]
     for chunk in pipeline.stream(request):
@@ -115,18 +127,23 @@ def measure(pipeline: Pipeline, request: Request, marks: tuple[float, ...] = MAR
         if left and shown / request.fps >= left[0] - 1e-6:
             left.pop(0)
             figures.append(judge(last, words, pose[len(frames) - 1], (shown - 1) / request.fps))
-    assert last is not None and last.shape[1] == height
     track_ = torch.cat(path)
     speed, bend = torch.diff(track_, dim=0), torch.diff(track_, n=2, dim=0)
-    rms = lambda v: float(v.square().sum(-1).mean().sqrt())
     seam = (sum(border) / len(border)) / (sum(inside) / len(inside)) if border else 1.0
-    return figures, Steadiness(seam, rms(bend) / max(rms(speed), 1e-9), rms(speed) * request.fps)
+    return figures, Steadiness(seam, _rms(bend) / max(_rms(speed), 1e-9), _rms(speed) * request.fps)
+
+
+def _rms(v: Tensor) -> float:
+    return float(v.square().sum(-1).mean().sqrt())
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
     """Prompts that between them use every subject, scene and motion before repeating one."""
     rng = random.Random(seed)
-    columns = {slot: [w for _ in range(count) for w in rng.sample(options, len(options))][:count] for slot, options in SLOTS.items()}
+    columns = {
+        slot: [w for _ in range(count) for w in rng.sample(options, len(options))][:count]
+        for slot, options in SLOTS.items()
+    }
     return [" ".join(columns[slot][i] for slot in SLOTS) for i in range(count)]
 
 
@@ -144,7 +161,10 @@ def main(
         figures, steady = measure(pipeline, request)
         rows.append({"prompt": str(parse(prompt)), **asdict(steady), "at": [asdict(f) for f in figures]})
         last = rows[-1]["at"][-1]
-        print(f"{prompt:48} box {last['box']:.1f} dB (none {last['box_no_subject']:.1f}, wrong colour {last['box_wrong_color']:.1f})")
+        print(
+            f"{prompt:40} box {last['box']:.1f} dB; no subject {last['box_no_subject']:.1f}, "
+            f"wrong colour {last['box_wrong_color']:.1f}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))
 

@@ -1,9 +1,10 @@
 """Position conditioning: what the words put where, as seen from the subject and from the camera.
 
-A diffusion transformer usually gets positions as sines. Here every latent cell gets learned features looked up at its place:
-one plane per subject word, indexed in the subject's own frame (so it moves and tilts with the predicted path), and per
-scene word one plane for each parallax layer, indexed by the predicted camera travel. A small MLP, modulated by the words
-(colour) and a 6-second clock (wings, waves), turns them into the features of one of the four frames in a latent.
+A diffusion transformer usually gets positions as sines. Here every latent cell gets learned features looked up at its
+place: one plane per subject word, indexed in the subject's own frame (so it moves and tilts with the predicted path),
+and per scene word one plane for each parallax layer, indexed by the predicted camera travel. A small MLP, modulated
+by the words (colour) and a 6-second clock (wings, waves), turns them into the features of one of the four frames in a
+latent.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _REACH = 1.4 * 0.18  # half the side of a subject plane
 
 @dataclass(frozen=True)
 class Backdrop:
-    """One background plane: it moves ``depth`` times as fast as the camera and repeats every ``period`` (None: never)."""
+    """One background plane: it moves ``depth`` times as fast as the camera and repeats every ``period`` (None:
+    never)."""
 
     depth: float
     period: float | None
@@ -36,7 +38,8 @@ BACKDROPS = (Backdrop(0.0, None, 48), Backdrop(0.25, 2.4, 64), Backdrop(0.5, 4.8
 
 
 def clock(t: Tensor) -> Tensor:
-    """Seconds ``[...]`` -> sines and cosines of the clock ``[..., 10]``; periodic, hence the same at any clip length."""
+    """Seconds ``[...]`` -> sines and cosines of the clock ``[..., 10]``; periodic, hence the same at any clip
+    length."""
     turn = t[..., None] * (2 * math.pi / CLOCK_SECONDS) * torch.tensor(_CLOCK_HARMONICS, dtype=t.dtype, device=t.device)
     return torch.cat([turn.sin(), turn.cos()], -1)
 
@@ -53,7 +56,8 @@ class PositionField(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def cells(self, origin: Tensor, h: int, w: int, margin: int) -> tuple[Tensor, Tensor]:
-        """Four sample points in each cell: x, y ``[B, h, w, 4]`` in frame heights. ``origin [B, 2]``: first row and column."""
+        """Four sample points in each cell: x, y ``[B, h, w, 4]`` in frame heights. ``origin [B, 2]``: first row and
+        column."""
         dev = origin.device
         off = torch.tensor([-0.25, 0.25], device=dev)
         rows = (origin[:, :1] + torch.arange(h, device=dev) + 0.5)[:, :, None] + off
@@ -63,9 +67,18 @@ class PositionField(nn.Module):
         return x.flatten(3), y.flatten(3)
 
     def forward(
-        self, subject: Tensor, scene: Tensor, words: Tensor, times: Tensor, poses: Tensor, origin: Tensor, hw: tuple[int, int], margin: int
+        self,
+        subject: Tensor,
+        scene: Tensor,
+        words: Tensor,
+        times: Tensor,
+        poses: Tensor,
+        origin: Tensor,
+        hw: tuple[int, int],
+        margin: int,
     ) -> Tensor:
-        """``subject, scene [B]`` word ids, ``words [B, n]``, ``times [B, T, 4]``, ``poses [B, T, 4, 4]``, ``origin [B, 2]``."""
+        """``subject, scene [B]`` word ids, ``words [B, n]``, ``times [B, T, 4]``, ``poses [B, T, 4, 4]``,
+        ``origin [B, 2]``."""
         b, t = times.shape[:2]
         h, w = hw
         x, y = (c[:, None] for c in self.cells(origin, h, w, margin))  # [B, 1, h, w, 4]
@@ -87,7 +100,9 @@ class PositionField(nn.Module):
         near = torch.exp(-(centre.square().sum(-1, keepdim=True) * 0.5).square())
         extra = torch.cat([centre.clamp(-2, 2), near, centre * near], -1)
         seen = torch.cat([torch.cat(parts, -1).flatten(-2), extra], -1)
-        scale, shift = self.film(torch.cat([words[:, None].expand(-1, t * TIME, -1), clock(times.flatten(1))], -1))[:, :, None, None].chunk(2, -1)
+        scale, shift = self.film(torch.cat([words[:, None].expand(-1, t * TIME, -1), clock(times.flatten(1))], -1))[
+            :, :, None, None
+        ].chunk(2, -1)
         y_ = self.out(F.silu(self.proj(seen) * (1 + scale) + shift))
         return y_.unflatten(1, (t, TIME)).permute(0, 1, 3, 4, 2, 5).flatten(-2)
 

@@ -108,7 +108,9 @@ class Pipeline:
             poses = interpolate(knots, times.flatten()).view(1, count, TIME, 4)
             poses[..., 0] *= size.aspect / (16 / 9)
             clock.lap("motion")
-            latents, memory = self._denoise(request, words, times[None], poses, memory, index, size, first if index == 0 else None)
+            latents, memory = self._denoise(
+                request, words, times[None], poses, memory, index, size, first if index == 0 else None
+            )
             clock.lap("denoise")
             frames, decoder = self._decode(latents, decoder, size)
             frames = frames[: request.frames - done]
@@ -118,7 +120,8 @@ class Pipeline:
 
     @staticmethod
     def _times(start: int, count: int, fps: float) -> Tensor:
-        """Seconds ``[count, 4]`` of the pictures in latent frames ``start``…; latent frame 0 is one picture, four times."""
+        """Seconds ``[count, 4]`` of the pictures in latent frames ``start``…; latent frame 0 is one picture, four
+        times."""
         k = torch.arange(start * TIME, (start + count) * TIME) - (TIME - 1)
         return (k.clamp(min=0) / fps).view(count, TIME)
 
@@ -128,7 +131,15 @@ class Pipeline:
         return self.prior.extend(knots, words[:, [2, 4]], max(0, need), sampling, g)
 
     def _denoise(
-        self, request: Request, words: Tensor, times: Tensor, poses: Tensor, memory: Memory | None, index: int, size: Size, first: Tensor | None
+        self,
+        request: Request,
+        words: Tensor,
+        times: Tensor,
+        poses: Tensor,
+        memory: Memory | None,
+        index: int,
+        size: Size,
+        first: Tensor | None,
     ) -> tuple[Tensor, Memory]:
         grid, origin = size.grid, torch.zeros(1, 2)
         cond = self.dit.condition(words, times, poses, origin, grid, size.margin)
@@ -137,7 +148,9 @@ class Pipeline:
             empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
         g = torch.Generator().manual_seed((request.seed << 20) + index)  # a chunk's noise depends on its index alone
         noise = torch.randn(1, times.shape[1], self.dit.config.channels, *grid, generator=g)
-        return sample_chunk(self.dit, cond, empty, noise, memory, steps=request.steps, guidance=request.guidance, first=first)
+        return sample_chunk(
+            self.dit, cond, empty, noise, memory, steps=request.steps, guidance=request.guidance, first=first
+        )
 
     def _decode(self, latents: Tensor, state: DecoderState | None, size: Size) -> tuple[Tensor, DecoderState]:
         """Latents -> uint8 pictures of the output's size, one latent frame at a time to keep the peak low."""

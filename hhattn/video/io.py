@@ -37,7 +37,9 @@ class VideoWriter:
                 self.container.mux(packet)
         self.frames += len(frames)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 for packet in self.stream.encode():

@@ -1,9 +1,9 @@
 """The diffusion transformer: latents of a chunk, noisy -> clean, with a memory of the past that never grows.
 
-Reads top to bottom: configuration, the memory, a block, the model. A latent frame is a grid of tokens (one per latent cell).
-Three blocks of four use block linear attention: a token sees its whole chunk and, through one matrix a head, everything
-before. The fourth uses softmax over a window of space-time tiles plus the first frame of the clip (the sink); its past is a ring of
-the last frames' keys and values. Words enter through adaLN and through the position field.
+Reads top to bottom: configuration, the memory, a block, the model. A latent frame is a grid of tokens (one per latent
+cell). Three blocks of four use block linear attention: a token sees its whole chunk and, through one matrix a head,
+everything before. The fourth uses softmax over a window of space-time tiles plus the first frame of the clip (the
+sink); its past is a ring of the last frames' keys and values. Words enter through adaLN and through the position field.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from hhattn.nn import BlockLinearAttention, BlockSparseAttention, NormModulate
 
 from .field import PositionField, clock
 
+Rope = tuple[Tensor, Tensor]
 PATHWAYS = ("joint", "spatial", "temporal", "alternating")
 
 
@@ -65,7 +67,16 @@ class Config:
 
 
 SANA_VIDEO_2B = Config(
-    channels=128, dim=2240, heads=20, layers=20, ffn=6720, sparse_every=0, chunk=10, decay=(1.0,) * 20, word_dim=256, eps=1e-15
+    channels=128,
+    dim=2240,
+    heads=20,
+    layers=20,
+    ffn=6720,
+    sparse_every=0,
+    chunk=10,
+    decay=(1.0,) * 20,
+    word_dim=256,
+    eps=1e-15,
 )
 
 
@@ -74,7 +85,9 @@ class LayerMemory:
     """What one block keeps of the past; constant in size."""
 
     linear: hhattn.LinearAttentionState | None = None
-    ring: tuple[Tensor, Tensor] | None = None  # keys, values [B, (1 + window)·n, H, D]: sink frame first, then the last frames
+    ring: tuple[Tensor, Tensor] | None = (
+        None  # keys, values [B, (1 + window)·n, H, D]: sink frame first, then the last frames
+    )
     conv: Tensor | None = None  # the temporal convolution's last inputs [B, 2, n, C]
 
 
@@ -92,7 +105,8 @@ class Memory:
 
 @dataclass
 class Condition:
-    """Everything but the latents and the noise level, computed once a chunk: ``words [B, d]`` and field ``[B, T, n, 4w]``."""
+    """Everything but the latents and the noise level, computed once a chunk: ``words [B, d]`` and field
+    ``[B, T, n, 4w]``."""
 
     words: Tensor
     field: Tensor
@@ -106,18 +120,22 @@ def timestep_features(t: Tensor, dim: int = 64) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def window_mask(config: Config, grid: tuple[int, int], frames: int, chunk_lens: tuple[int, ...], past: int) -> BlockMask:
+def window_mask(
+    config: Config, grid: tuple[int, int], frames: int, chunk_lens: tuple[int, ...], past: int
+) -> BlockMask:
     """The sparse blocks' mask, in tile order.
 
-    Keys: ``past`` frames from the ring (the first of them the sink), then the call's ``frames``; queries: the call's. A query
-    sees a key if their tiles are within the window and the frames at most ``window[0]`` apart and not in a later chunk, or
-    the key's frame is the sink: the clip's first.
+    Keys: ``past`` frames from the ring (the first of them the sink), then the call's ``frames``; queries: the call's.
+    A query sees a key if their tiles are within the window and the frames at most ``window[0]`` apart and not in a
+    later chunk, or the key's frame is the sink: the clip's first.
     """
     if len(set(chunk_lens[:-1])) > 1 or chunk_lens[-1] > chunk_lens[0] or (past and len(chunk_lens) > 1):
-        raise ValueError(f"chunk_lens={chunk_lens}; accepted: equal chunks, the last may be shorter; one chunk after a memory")
-    layout = hhattn.VideoLayout(past + frames, *grid, tile=(1, *config.tile))
+        raise ValueError(
+            f"chunk_lens={chunk_lens}; accepted: equal chunks, the last may be shorter; one chunk after a memory"
+        )
+    layout = hhattn.VideoLayout(past + frames, grid[0], grid[1], tile=(1, *config.tile))
     reach, rows, columns = config.window
-    only = {"block_size": config.block, "order": "tile", "q_frames": range(past, past + frames)}
+    only: dict[str, Any] = {"block_size": config.block, "order": "tile", "q_frames": range(past, past + frames)}
     near = masks.sliding_tile(layout, (layout.frames, rows, columns), **only)
     seen = masks.frame_window(layout, reach, **only)
     if len(chunk_lens) > 1:
@@ -126,7 +144,8 @@ def window_mask(config: Config, grid: tuple[int, int], frames: int, chunk_lens: 
 
 
 class MixFFN(nn.Module):
-    """Linear, depthwise 3x3, gated SiLU, linear, then a causal depthwise convolution over time (SANA-Video's Mix-FFN)."""
+    """Linear, depthwise 3x3, gated SiLU, linear, then a causal depthwise convolution over time (SANA-Video's
+    Mix-FFN)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -157,13 +176,22 @@ class Block(nn.Module):
         nn.init.normal_(self.ada.weight, std=0.02)
         nn.init.zeros_(self.ada.bias)
         self.norm_1, self.norm_2 = NormModulate(config.dim), NormModulate(config.dim)
-        make = BlockSparseAttention if self.sparse else BlockLinearAttention
-        self.attn = make(config.dim, config.heads, **({} if self.sparse else {"eps": config.eps}))
+        self.attn = (
+            BlockSparseAttention(config.dim, config.heads)
+            if self.sparse
+            else BlockLinearAttention(config.dim, config.heads, eps=config.eps)
+        )
         self.ffn = MixFFN(config.dim, config.ffn)
         self.register_buffer("decay", torch.tensor(config.decay), persistent=False)
 
     def forward(
-        self, x: Tensor, c: Tensor, grid: tuple[int, int], rope: tuple[Tensor, Tensor], chunk_lens: tuple[int, ...], memory: LayerMemory
+        self,
+        x: Tensor,
+        c: Tensor,
+        grid: tuple[int, int],
+        rope: tuple[Tensor, Tensor],
+        chunk_lens: tuple[int, ...],
+        memory: LayerMemory,
     ) -> tuple[Tensor, LayerMemory]:
         """``x [B, T, n, C]``, ``c [B, T, C]`` -> the same shape, and this block's memory after these frames."""
         b, t, n, d = x.shape
@@ -176,30 +204,37 @@ class Block(nn.Module):
         y, conv = self.ffn(y.view(b, t, n, d), grid, memory.conv)
         return flat.view(b, t, n, d) + (1 + gate_2).unsqueeze(2) * y, replace(new, conv=conv)
 
-    def _attend_linear(self, x: Tensor, grid, rope, chunk_lens: tuple[int, ...], memory: LayerMemory) -> tuple[Tensor, LayerMemory]:
+    def _attend_linear(
+        self, x: Tensor, grid: tuple[int, int], rope: Rope, chunk_lens: tuple[int, ...], memory: LayerMemory
+    ) -> tuple[Tensor, LayerMemory]:
         b, t, n, d = x.shape
         if self.sees == "spatial":
-            return self.attn(x.flatten(0, 1), rope=tuple(r[:n] for r in rope)).view(x.shape), LayerMemory()
+            return self.attn(x.flatten(0, 1), rope=(rope[0][:n], rope[1][:n])).view(x.shape), LayerMemory()
         lens, tokens = [c * n for c in chunk_lens], x.flatten(1, 2)
         if self.sees == "temporal":
             lens, tokens = list(chunk_lens), x.transpose(1, 2).flatten(0, 1)
-            rope = tuple(r.view(t, n, -1)[:, 0] for r in rope)
+            rope = (rope[0].view(t, n, -1)[:, 0], rope[1].view(t, n, -1)[:, 0])
         decay = self.decay if len(lens) > 1 or memory.linear is not None else None
-        y, state = self.attn(tokens, rope=rope, chunk_lens=lens, decay=decay, initial_state=memory.linear, output_final_state=True)
+        y, state = self.attn(
+            tokens, rope=rope, chunk_lens=lens, decay=decay, initial_state=memory.linear, output_final_state=True
+        )
         y = y.view(b, n, t, d).transpose(1, 2) if self.sees == "temporal" else y.view(x.shape)
         return y, LayerMemory(linear=state)
 
-    def _attend_window(self, x: Tensor, grid, rope, chunk_lens: tuple[int, ...], memory: LayerMemory) -> tuple[Tensor, LayerMemory]:
-        b, t, n, d = x.shape
-        layout = hhattn.VideoLayout(t, *grid, tile=(1, *self.config.tile))
+    def _attend_window(
+        self, x: Tensor, grid: tuple[int, int], rope: Rope, chunk_lens: tuple[int, ...], memory: LayerMemory
+    ) -> tuple[Tensor, LayerMemory]:
+        t, n = x.shape[1:3]
+        layout = hhattn.VideoLayout(t, grid[0], grid[1], tile=(1, *self.config.tile))
         past = 0 if memory.ring is None else memory.ring[0].shape[1] // n
         mask = window_mask(self.config, grid, t, chunk_lens, past)
         tokens = layout.to_tiles(x.flatten(1, 2), dim=1)
-        rope = tuple(layout.to_tiles(r[None], dim=1)[0] for r in rope)
+        rope = (layout.to_tiles(rope[0], dim=0), layout.to_tiles(rope[1], dim=0))
         y, kv = self.attn(tokens, mask, rope=rope, kv_cache=memory.ring, return_kv=True)
         keep = self.config.window[0] * n
-        ring = tuple(torch.cat([(new if old is None else old)[:, :n], new[:, -keep:]], 1) for new, old in zip(kv, memory.ring or (None, None)))
-        return layout.from_tiles(y, dim=1).view(x.shape), LayerMemory(ring=ring)
+        sink = memory.ring or kv
+        ring = [torch.cat([first[:, :n], new[:, -keep:]], 1) for first, new in zip(sink, kv, strict=True)]
+        return layout.from_tiles(y, dim=1).view(x.shape), LayerMemory(ring=(ring[0], ring[1]))
 
 
 class VideoDiT(nn.Module):
@@ -222,16 +257,19 @@ class VideoDiT(nn.Module):
         self.final = NormModulate(c.dim)
         self.final_ada = nn.Linear(c.dim, 2 * c.dim)
         self.head = nn.Sequential(nn.Linear(c.dim + 4 * c.field_width, 256), nn.SiLU(), nn.Linear(256, c.channels))
-        nn.init.zeros_(self.head[-1].weight)
-        nn.init.zeros_(self.head[-1].bias)
+        for p in self.head[-1].parameters():
+            nn.init.zeros_(p)
         self.register_buffer("spread", torch.ones(c.channels))  # standard deviation of each latent channel
 
     def no_words(self, batch: int) -> Tensor:
         """The ids ``[B, 5]`` of a prompt that says nothing."""
         return torch.tensor(self.config.word_slots).expand(batch, -1)
 
-    def condition(self, word_ids: Tensor, times: Tensor, poses: Tensor, origin: Tensor, grid: tuple[int, int], margin: int = 8) -> Condition:
-        """``word_ids [B, 5]``, ``times [B, T, 4]``, ``poses [B, T, 4, 4]``, ``origin [B, 2]`` first cell, ``grid`` (h, w)."""
+    def condition(
+        self, word_ids: Tensor, times: Tensor, poses: Tensor, origin: Tensor, grid: tuple[int, int], margin: int = 8
+    ) -> Condition:
+        """``word_ids [B, 5]``, ``times [B, T, 4]``, ``poses [B, T, 4, 4]``, ``origin [B, 2]`` first cell, ``grid``
+        (h, w)."""
         words = torch.cat([e(word_ids[:, i]) for i, e in enumerate(self.words)], -1)
         seen = self.field(word_ids[:, 1], word_ids[:, 3], words, times, poses, origin, grid, margin)
         per_frame = torch.cat([words[:, None].expand(-1, times.shape[1], -1), clock(times[..., -1])], -1)
@@ -240,7 +278,8 @@ class VideoDiT(nn.Module):
     def forward(
         self, z: Tensor, t: Tensor, cond: Condition, chunk_lens: tuple[int, ...], memory: Memory | None = None
     ) -> tuple[Tensor, Memory]:
-        """Noisy latents ``z [B, T, C, h, w]`` at levels ``t [B, T]`` -> clean latents of the same shape, and the memory after them."""
+        """Noisy latents ``z [B, T, C, h, w]`` at levels ``t [B, T]`` -> clean latents of the same shape, and the
+        memory after them."""
         b, frames, _, h, w = z.shape
         level = t[:, :, None, None, None]
         sigma = self.spread.view(-1, 1, 1)
@@ -261,9 +300,12 @@ class VideoDiT(nn.Module):
         return x0, self._rebase(Memory(layers, (memory.frames if memory else 0) + frames), frames)
 
     def _rebase(self, memory: Memory, frames: int) -> Memory:
-        """Move the origin of time to the next chunk's first frame, so that positions never grow. The sink stays where the
-        first move left it: just before the past that was seen in training."""
-        cos, sin = (r[0] for r in hhattn.rope_3d((1, 1, 1), self.config.head_dim, offset=(frames, 0, 0), device=self.spread.device))
+        """Move the origin of time to the next chunk's first frame, so that positions never grow. The sink stays where
+        the first move left it: just before the past that was seen in training."""
+        cos, sin = (
+            r[0]
+            for r in hhattn.rope_3d((1, 1, 1), self.config.head_dim, offset=(frames, 0, 0), device=self.spread.device)
+        )
         for m in memory.layers:
             if m.linear is not None:
                 m.linear = m.linear.rebase(cos, sin)

@@ -9,7 +9,8 @@ from .codec import SPACE
 
 @dataclass(frozen=True)
 class Size:
-    """``native`` (height, width) is what is drawn, ``output`` what is written. Rows are generated in excess and cropped."""
+    """``native`` (height, width) is what is drawn, ``output`` what is written. Rows are generated in excess and
+    cropped."""
 
     native: tuple[int, int]
     output: tuple[int, int]

@@ -4,7 +4,8 @@ A knot is four numbers: x, y and angle of the subject, and the camera's travel. 
 values, the second's are first differences, all later ones are second differences against what was really reconstructed
 (closed loop, so rounding never adds up). Each knot's four tokens are drawn one after another from a small causal
 transformer that sees the reconstructed knots of the last 24 seconds; temperature, top-k and top-p act on every draw.
-Frames between knots lie on a Catmull-Rom spline. Continuous inputs let a path start anywhere, e.g. where a picture has its subject.
+Frames between knots lie on a Catmull-Rom spline. Continuous inputs let a path start anywhere, e.g. where a picture
+has its subject.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ class MotionPrior(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(dim, 3 * LEVELS) for _ in range(4))  # one set of logits for each order
 
     def features(self, knots: Tensor, words: Tensor, begun: bool = False) -> Tensor:
-        """Knots ``[B, n, 4]``, ids of motion and camera ``[B, 2]`` -> states ``[B, n + 1, dim]``, before each knot and after
-        the last; ``begun`` says that the knots continue a longer path, and leaves the first state out."""
+        """Knots ``[B, n, 4]``, ids of motion and camera ``[B, 2]`` -> states ``[B, n + 1, dim]``, before each knot
+        and after the last; ``begun`` says that the knots continue a longer path, and leaves the first state out."""
         step = torch.diff(knots, dim=1, prepend=knots[:, :1])
         accel = torch.diff(step, dim=1, prepend=step[:, :1])
         place = (knots - CENTRE)[..., :3] * 2  # the camera's own place says nothing about where it goes
@@ -131,7 +132,8 @@ class MotionPrior(nn.Module):
         return self.norm(x)
 
     def logits(self, x: Tensor, drawn: list[Tensor], order: Tensor) -> Tensor:
-        """States ``[..., dim]``, the knot's tokens so far, difference order ``[...]`` -> logits ``[..., LEVELS]`` of the next."""
+        """States ``[..., dim]``, the knot's tokens so far, difference order ``[...]`` -> logits ``[..., LEVELS]`` of
+        the next."""
         for table, token in zip(self.drawn, drawn, strict=False):
             x = x + table(token)
         every = self.heads[len(drawn)](x).unflatten(-1, (3, LEVELS))
@@ -142,7 +144,9 @@ class MotionPrior(nn.Module):
         x = self.features(knots, words)[:, :-1]
         order = torch.arange(tokens.shape[1]).clamp(max=2).expand(tokens.shape[:2])
         parts = [self.logits(x, [tokens[..., j] for j in range(c)], order) for c in range(4)]
-        return torch.stack([F.cross_entropy(p.flatten(0, 1), tokens[..., c].flatten()) for c, p in enumerate(parts)]).mean()
+        return torch.stack(
+            [F.cross_entropy(p.flatten(0, 1), tokens[..., c].flatten()) for c, p in enumerate(parts)]
+        ).mean()
 
     @torch.no_grad()
     def extend(self, knots: Tensor, words: Tensor, count: int, sampling: Sampling, g: torch.Generator) -> Tensor:
@@ -164,8 +168,7 @@ def interpolate(knots: Tensor, t: Tensor) -> Tensor:
     u = t / KNOT_SECONDS
     i = u.floor().long().clamp(0, knots.shape[1] - 2)
     f = (u - i).view(1, -1, 1)
-    at = lambda j: knots[:, j.clamp(0, knots.shape[1] - 1)]
-    p0, p1, p2, p3 = at(i - 1), at(i), at(i + 1), at(i + 2)
+    p0, p1, p2, p3 = (knots[:, (i + j).clamp(0, knots.shape[1] - 1)] for j in (-1, 0, 1, 2))
     p0 = torch.where((i == 0).view(1, -1, 1), 2 * p1 - p2, p0)
     p3 = torch.where((i + 2 >= knots.shape[1]).view(1, -1, 1), 2 * p2 - p1, p3)
     return p1 + 0.5 * f * (p2 - p0 + f * (2 * p0 - 5 * p1 + 4 * p2 - p3 + f * (3 * (p1 - p2) + p3 - p0)))

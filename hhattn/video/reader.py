@@ -22,7 +22,8 @@ _UNIT = 720
 
 @dataclass(frozen=True)
 class Reading:
-    """Words by slot (colour, subject, scene), how sure of the least sure of them, and the pose ``[4]`` (x, y, angle, camera)."""
+    """Words by slot (colour, subject, scene), how sure of the least sure of them, and the pose ``[4]`` (x, y, angle,
+    camera)."""
 
     words: dict[str, str]
     confidence: float
@@ -44,11 +45,14 @@ class Reader(nn.Module):
         self.bins, self.rest = nn.Linear(256, BINS), nn.Linear(256, BINS)
 
     def forward(self, z: Tensor) -> dict[str, Tensor]:
-        """``z [B, C, h, w]`` -> logits by slot, ``where [B, h·w]`` (log-probabilities), ``shift [B, 3, h·w]``, ``bins``, ``rest``."""
+        """``z [B, C, h, w]`` -> logits by slot, ``where [B, h·w]`` (log-probabilities), ``shift [B, 3, h·w]``,
+        ``bins``, ``rest``."""
         b, _, h, w = z.shape
         rows, cols = torch.arange(h, device=z.device) / 23, torch.arange(w, device=z.device) / 40
         turn = 2 * math.pi * cols
-        place = torch.stack([rows[:, None].expand(h, w), cols.expand(h, w), turn.sin().expand(h, w), turn.cos().expand(h, w)])
+        place = torch.stack(
+            [rows[:, None].expand(h, w), cols.expand(h, w), turn.sin().expand(h, w), turn.cos().expand(h, w)]
+        )
         x = self.stem(torch.cat([z, place.expand(b, -1, -1, -1)], 1))
         for i, conv in enumerate(self.convs):
             x = x + F.silu(conv(F.silu(x) if i else x))
@@ -56,10 +60,17 @@ class Reader(nn.Module):
         flat = x.flatten(2)
         here = (flat * where.exp()[:, None]).sum(-1)
         both = torch.cat([here, flat.mean(-1)], -1)
-        lines = torch.cat([flat.mean(-1), (flat * torch.linspace(-1, 1, w, device=z.device).repeat(h)).mean(-1) * 3], -1)
+        lines = torch.cat(
+            [flat.mean(-1), (flat * torch.linspace(-1, 1, w, device=z.device).repeat(h)).mean(-1) * 3], -1
+        )
         turned = self.columns(lines)
         out = {k: head(both) for k, head in self.words.items()}
-        return out | {"where": where, "shift": self.shift(x).flatten(2), "bins": self.bins(turned), "rest": self.rest(turned)}
+        return out | {
+            "where": where,
+            "shift": self.shift(x).flatten(2),
+            "bins": self.bins(turned),
+            "rest": self.rest(turned),
+        }
 
     @torch.no_grad()
     def read(self, z: Tensor, margin: int = 8) -> Reading:

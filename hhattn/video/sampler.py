@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ START = 0.999
 
 
 def levels(steps: int) -> list[float]:
-    """Noise levels from START to 0, ``steps + 1`` of them: t = s·u / (1 + (s - 1)·u) for u evenly spaced from 1 to 0."""
+    """Noise levels from START to 0, ``steps + 1`` of them: t = s·u / (1 + (s - 1)·u) for u evenly spaced from 1 to
+    0."""
     u = [1 - i / steps for i in range(steps + 1)]
     return [START, *(SHIFT * v / (1 + (SHIFT - 1) * v) for v in u[1:])]
 
@@ -32,9 +35,9 @@ def sample_chunk(
 ) -> tuple[Tensor, Memory]:
     """Denoise one chunk and commit it.
 
-    ``noise [B, T, C, h, w]``; ``empty`` is the condition without words and needed where ``guidance`` != 1; ``first [B, 1, C, h, w]`` is a
-    given, clean first latent frame. Euler steps of dx/dt = (x - x0)/t; then one pass over the clean chunk writes the memory.
-    Returns the clean latents and the new memory.
+    ``noise [B, T, C, h, w]``; ``empty`` is the condition without words and needed where ``guidance`` != 1;
+    ``first [B, 1, C, h, w]`` is a given, clean first latent frame. Euler steps of dx/dt = (x - x0)/t; then one pass
+    over the clean chunk writes the memory. Returns the clean latents and the new memory.
     """
     chunk = (noise.shape[1],)
 
@@ -49,7 +52,7 @@ def sample_chunk(
 
     x = known(noise)
     schedule = levels(steps)
-    for t, after in zip(schedule[:-1], schedule[1:], strict=True):
+    for t, after in pairwise(schedule):
         x0, _ = model(x, level(t), cond, chunk, memory)
         if guidance != 1 and empty is not None:
             without, _ = model(x, level(t), empty, chunk, memory)

@@ -1,7 +1,7 @@
 """The prompt's language: a closed vocabulary of words for five slots (colour, subject, motion, scene, camera).
 
-Words may come in any order and may be left out; what the prompt leaves open is chosen by the seed and reported. A word that
-is not known is an error that names the nearest known ones: nothing is dropped in silence.
+Words may come in any order and may be left out; what the prompt leaves open is chosen by the seed and reported. A
+word that is not known is an error that names the nearest known ones: nothing is dropped in silence.
 """
 
 from __future__ import annotations
@@ -35,7 +35,44 @@ _SYNONYMS = {
 }  # fmt: skip
 
 FILLERS = frozenset(
-    ["a", "an", "the", "of", "in", "on", "at", "over", "above", "across", "through", "under", "with", "and", "by", "to", "its", "is", "are", "hot", "air", "slow", "slowly", "slight", "gentle", "gently", "camera", "hills", "hill", "calm", "outer", "figure", "day", "sky", "video", "clip"]
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "over",
+        "above",
+        "across",
+        "through",
+        "under",
+        "with",
+        "and",
+        "by",
+        "to",
+        "its",
+        "is",
+        "are",
+        "hot",
+        "air",
+        "slow",
+        "slowly",
+        "slight",
+        "gentle",
+        "gently",
+        "camera",
+        "hills",
+        "hill",
+        "calm",
+        "outer",
+        "figure",
+        "day",
+        "sky",
+        "video",
+        "clip",
+    ]
 )
 
 _MEANING = {word: (slot, word) for slot, words in SLOTS.items() for word in words}
@@ -62,7 +99,8 @@ class Prompt:
 
 
 def parse(text: str, seed: int = 0, defaults: dict[str, str] | None = None) -> Prompt:
-    """Words -> one value for each slot. Slots that the text leaves open take ``defaults``, else a choice made by ``seed``.
+    """Words -> one value for each slot. Slots that the text leaves open take ``defaults``, else a choice made by
+    ``seed``.
 
     Raises PromptError for an unknown word, two values for one slot, or no word of the vocabulary at all.
     """
@@ -72,12 +110,16 @@ def parse(text: str, seed: int = 0, defaults: dict[str, str] | None = None) -> P
             continue
         if word not in _MEANING:
             near = difflib.get_close_matches(word, _MEANING, n=3, cutoff=0.5) or sorted(SLOTS["subject"])
-            raise PromptError(f"unknown word {word!r} in the prompt; nearest known: {', '.join(near)} (`hhattn words` lists all)")
+            raise PromptError(
+                f"unknown word {word!r} in the prompt; nearest known: {', '.join(near)} (`hhattn words` lists all)"
+            )
         slot, value = _MEANING[word]
         if found.setdefault(slot, value) != value:
             raise PromptError(f"the prompt names two values for {slot}: {found[slot]!r} and {value!r}; name one")
     if not found:
-        raise PromptError(f"the prompt {text!r} names nothing this model knows; subjects: {', '.join(SLOTS['subject'])}")
+        raise PromptError(
+            f"the prompt {text!r} names nothing this model knows; subjects: {', '.join(SLOTS['subject'])}"
+        )
     rng, words, chosen = random.Random(f"words {seed}"), {}, []
     for slot, options in SLOTS.items():
         pick = rng.choice(options)

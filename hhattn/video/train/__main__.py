@@ -1,4 +1,5 @@
-"""``python -m hhattn.video.train``: every stage, resumable. Touch ``OUT/pause`` to make a run stand still, remove it to go on."""
+"""``python -m hhattn.video.train``: every stage, resumable. Touch ``OUT/pause`` to make a run stand still, remove it
+to go on."""
 
 from __future__ import annotations
 
@@ -75,7 +76,9 @@ def dit(
 
 
 @app.command()
-def export(out: Folder = RUNS, to: Annotated[Path | None, typer.Option(help="Default: into the package.")] = None) -> None:
+def export(
+    out: Folder = RUNS, to: Annotated[Path | None, typer.Option(help="Default: into the package.")] = None
+) -> None:
     """Write the averaged weights of every finished stage as fp16 safetensors."""
     torch.set_num_threads(1)
     models = {"codec": Codec, "dit": VideoDiT, "prior": MotionPrior, "reader": Reader}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec import TIME, Codec
+from ..text import SLOTS
 from ..world import Clip, paint, render
 from .data import FPS, MARGIN, frame_times, load_codec
 from .loop import run
@@ -57,8 +58,8 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(codec: Codec, truth: Tensor, g: torch.Generator) -> Tensor:
-    """Root mean square and absolute error, and absolute error of edges, coarse cells and frame differences. Latents carry a
-    little noise, so that the decoder forgives the DiT's small errors."""
+    """Root mean square and absolute error, and absolute error of edges, coarse cells and frame differences. Latents
+    carry a little noise, so that the decoder forgives the DiT's small errors."""
     z = codec.project(codec.blocks(truth))
     z = z + torch.randn(z.shape, generator=g) * 0.15 * torch.rand(len(z), 1, 1, 1, 1, generator=g)
     error = codec.reconstruct(z)[0] - truth
@@ -69,11 +70,12 @@ def loss_of(codec: Codec, truth: Tensor, g: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(codec: Codec, count: int = 6) -> dict[str, float]:
-    """PSNR at 720x1280 on unseen clips: whole frames, and the subject's pixels."""
+def evaluate(codec: Codec, rounds: int = 1) -> dict[str, float]:
+    """PSNR at 720x1280 on unseen clips, every scene equally often: whole frames, the worst scene, and the subject's
+    pixels."""
     rng, full, mask = random.Random("unseen"), [], []
-    for _ in range(count):
-        clip = Clip.draw(rng)
+    for scene in SLOTS["scene"] * rounds:
+        clip = Clip.draw(rng, scene=scene)
         t = rng.uniform(0, 60) + torch.arange(1 + 2 * TIME) / FPS
         truth, cover = render(clip, t, margin=MARGIN)
         z, _ = codec.encode(truth[None])
@@ -82,12 +84,17 @@ def evaluate(codec: Codec, count: int = 6) -> dict[str, float]:
         cover = cover[:, MARGIN:-MARGIN]
         full.append(-10 * math.log10(error.mean()))
         mask.append(-10 * math.log10((error * cover).sum() / cover.sum()))
-    return {"psnr": sum(full) / count, "psnr_worst": min(full), "psnr_subject": sum(mask) / count}
+    return {"psnr": sum(full) / len(full), "psnr_worst": min(full), "psnr_subject": sum(mask) / len(mask)}
 
 
 def optimizers(decoder: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the convolutions (each kernel one matrix, outputs x inputs), AdamW for the stem, the last layer and vectors."""
-    muon = [p for n, p in decoder.named_parameters() if p.ndim > 1 and not n.startswith(("stem", "look", "pixel_2")) and "scale" not in n]
+    """Muon for the convolutions (each kernel one matrix, outputs x inputs), AdamW for the stem, the last layer and
+    vectors."""
+    muon = [
+        p
+        for n, p in decoder.named_parameters()
+        if p.ndim > 1 and not n.startswith(("stem", "look", "pixel_2")) and "scale" not in n
+    ]
     kept = {id(p) for p in muon}
     adam = [p for p in decoder.parameters() if id(p) not in kept]
     return [Muon(muon, lr), torch.optim.AdamW(adam, lr, betas=(0.9, 0.98), weight_decay=0.0)]

@@ -18,8 +18,8 @@ MARGIN = 8  # 720 rows are generated as 736
 
 
 def frame_times(start: float, latents: int, fps: float = FPS) -> Tensor:
-    """Times ``[latents, 4]`` of the frames in each latent frame of a clip that starts at ``start``: the first latent frame
-    holds one picture four times."""
+    """Times ``[latents, 4]`` of the frames in each latent frame of a clip that starts at ``start``: the first latent
+    frame holds one picture four times."""
     k = torch.arange(TIME * latents) - (TIME - 1)
     return (start + k.clamp(min=0) / fps).view(latents, TIME)
 
@@ -44,7 +44,8 @@ def fit_codec(rng: random.Random, clips: int = 240) -> Codec:
 
 @torch.no_grad()
 def make_clips(codec: Codec, rng: random.Random, count: int, latents: int) -> dict[str, Tensor]:
-    """``count`` clips of ``latents`` latent frames: z fp16 [n,T,C,23,40], words [n,5], times [n,T,4], poses [n,T,4,4]."""
+    """``count`` clips of ``latents`` latent frames: z fp16 [n,T,C,23,40], words [n,5], times [n,T,4], poses
+    [n,T,4,4]."""
     out: dict[str, list[Tensor]] = {"z": [], "words": [], "times": [], "poses": []}
     for _ in range(count):
         clip = Clip.draw(rng)
@@ -74,7 +75,8 @@ def held_out(folder: Path, codec: Codec, count: int = 48) -> None:
 
 
 def make(folder: Path, shards: int = 40, clips: int = 48, latents: int = 8, seed: int = 0) -> None:
-    """Fit the encoder and render the training set; what is there already is kept, so a killed run goes on where it was."""
+    """Fit the encoder and render the training set; what is there already is kept, so a killed run goes on where it
+    was."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = folder / "encoder.pt"
     if not encoder.exists():
@@ -86,4 +88,7 @@ def make(folder: Path, shards: int = 40, clips: int = 48, latents: int = 8, seed
         if not shard.exists():
             start = time.monotonic()
             save(shard, make_clips(codec, random.Random(1000 * seed + i), clips, latents))
-            print(f"{shard.name}: {clips} clips of {latents} latent frames in {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{shard.name}: {clips} clips of {latents} latent frames in {time.monotonic() - start:.0f} s",
+                flush=True,
+            )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ DROP = 0.05  # share of clips that train without words, for guidance
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of batch: how many clips, latent frames and cells (None: the whole frame), and its share of the steps."""
+    """One kind of batch: how many clips, latent frames and cells (None: the whole frame), and its share of the
+    steps."""
 
     clips: int
     frames: int
@@ -28,8 +31,13 @@ class Kind:
     share: float
 
 
-IMAGES = (Kind(24, 1, 10, 0.8), Kind(3, 1, None, 0.2))
-VIDEOS = (Kind(24, 1, 10, 0.45), Kind(3, 1, None, 0.20), Kind(2, 8, 10, 0.25), Kind(1, 8, 16, 0.10))
+KINDS = (
+    Kind(24, 1, 10, 0.43),
+    Kind(3, 1, None, 0.19),
+    Kind(2, 8, 10, 0.24),
+    Kind(1, 8, 16, 0.10),
+    Kind(1, 5, None, 0.04),
+)
 
 
 @dataclass
@@ -45,7 +53,8 @@ class Pool:
     """Every shard under a folder; new shards are picked up by :meth:`refresh`."""
 
     def __init__(self, folder: Path):
-        self.folder, self.shards = folder, {}
+        self.folder = folder
+        self.shards: dict[str, dict[str, Tensor]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -66,9 +75,17 @@ class Pool:
             f = _below(shard["z"].shape[1] - kind.frames + 1, g)
             cut = slice(f, f + kind.frames)
             z, poses = shard["z"][i, cut], shard["poses"][i, cut]
-            row, col = (0, 0) if kind.cells is None else _corner(poses, z.shape[-2:], kind.cells, g)
+            row, col = (0, 0) if kind.cells is None else _corner(poses, (z.shape[-2], z.shape[-1]), kind.cells, g)
             n = kind.cells or max(z.shape[-2:])
-            rows.append((z[..., row : row + n, col : col + n].float(), shard["words"][i], shard["times"][i, cut], poses, torch.tensor([row, col])))
+            rows.append(
+                (
+                    z[..., row : row + n, col : col + n].float(),
+                    shard["words"][i],
+                    shard["times"][i, cut],
+                    poses,
+                    torch.tensor([row, col]),
+                )
+            )
         return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -81,30 +98,33 @@ def _corner(poses: Tensor, hw: tuple[int, int], n: int, g: torch.Generator) -> t
     if float(torch.rand((), generator=g)) < 0.75:
         x, y = poses[_below(len(poses), g), -1, :2].tolist()
         jitter = ((torch.rand(2, generator=g) - 0.5) * n * 0.7).tolist()
-        at = ((y * 720 + MARGIN) / SPACE - n / 2 + jitter[0], x * 720 / SPACE - n / 2 + jitter[1])
+        row, col = (y * 720 + MARGIN) / SPACE - n / 2 + jitter[0], x * 720 / SPACE - n / 2 + jitter[1]
     else:
-        at = tuple(float(torch.rand((), generator=g)) * (s - n) for s in hw)
-    return tuple(min(max(round(a), 0), s - n) for a, s in zip(at, hw, strict=True))
+        row, col = (torch.rand(2, generator=g) * torch.tensor([hw[0] - n, hw[1] - n])).tolist()
+    return min(max(round(row), 0), hw[0] - n), min(max(round(col), 0), hw[1] - n)
 
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks and the head, AdamW for embeddings, planes, biases and modulation."""
-    muon, adam, planes = [], [], []
+    muon: list[Tensor] = []
+    adam: list[Tensor] = []
+    planes: list[Tensor] = []
     for name, p in model.named_parameters():
         inside = name.startswith(("blocks.", "head.0", "field.proj")) and p.ndim == 2 and min(p.shape) > 8
         if name.startswith(("field.subject", "field.backdrop")):
             planes.append(p)
         else:
             (muon if inside and ".ada." not in name else adam).append(p)
+    groups: list[dict[str, Any]] = [{"params": adam}, {"params": planes, "lr": 3 * lr}]
     return [
         Muon(muon, lr),
-        torch.optim.AdamW([{"params": adam}, {"params": planes, "lr": 3 * lr}], lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def noise_levels(b: int, frames: int, chunk: int, g: torch.Generator) -> Tensor:
-    """Levels ``[b, frames]``: one a chunk, shifted towards noise. A clip's first chunk is mostly clean, as the past is when
-    generating, and its first frame sometimes is given, as a picture is."""
+    """Levels ``[b, frames]``: one a chunk, shifted towards noise. A clip's first chunk is mostly clean, as the past
+    is when generating, and its first frame sometimes is given, as a picture is."""
     u = torch.rand(b, math.ceil(frames / chunk), generator=g)
     t = (2 * u / (1 + u)).clamp(0.02, 0.999)
     if t.shape[1] > 1:
@@ -118,13 +138,14 @@ def noise_levels(b: int, frames: int, chunk: int, g: torch.Generator) -> Tensor:
 
 def loss_of(model: VideoDiT, batch: Batch, weight: Tensor, g: torch.Generator) -> Tensor:
     b, frames = batch.z.shape[:2]
+    grid = (batch.z.shape[-2], batch.z.shape[-1])
     chunk = model.config.chunk
     t = noise_levels(b, frames, chunk, g)
     level = t[:, :, None, None, None]
     noisy = (1 - level) * batch.z + level * torch.randn(batch.z.shape, generator=g)
     dropped = (torch.rand(b, 1, generator=g) < DROP).expand_as(batch.words)
     words = torch.where(dropped, model.no_words(b), batch.words)
-    cond = model.condition(words, batch.times, batch.poses, batch.origin, batch.z.shape[-2:], MARGIN)
+    cond = model.condition(words, batch.times, batch.poses, batch.origin, grid, MARGIN)
     lens = tuple(min(chunk, frames - i) for i in range(0, frames, chunk))
     x0, _ = model(noisy, t, cond, lens)
     error = ((x0 - batch.z).square() * weight).mean((2, 3, 4))
@@ -132,15 +153,20 @@ def loss_of(model: VideoDiT, batch: Batch, weight: Tensor, g: torch.Generator) -
 
 
 @torch.no_grad()
-def evaluate(model: VideoDiT, codec: Codec, held: dict[str, Tensor], steps: int = 3, count: int = 24) -> tuple[dict[str, float], Tensor]:
-    """PSNR of single generated latent frames against the world, decoded linearly at quarter size: whole frame, the subject's box."""
+def evaluate(
+    model: VideoDiT, codec: Codec, held: dict[str, Tensor], steps: int = 3, count: int = 24
+) -> tuple[dict[str, float], Tensor]:
+    """PSNR of single generated latent frames against the world, decoded linearly at quarter size: whole frame, the
+    subject's box."""
     g = torch.Generator().manual_seed(5)
-    z, words, times, poses = (held[k][:count, -1:] if k != "words" else held[k][:count] for k in ("z", "words", "times", "poses"))
+    z, words, times, poses = (
+        held[k][:count, -1:] if k != "words" else held[k][:count] for k in ("z", "words", "times", "poses")
+    )
     z = z.float()
-    cond = model.condition(words, times, poses, torch.zeros(len(z), 2), z.shape[-2:], MARGIN)
+    cond = model.condition(words, times, poses, torch.zeros(len(z), 2), (z.shape[-2], z.shape[-1]), MARGIN)
     x = torch.randn(z.shape, generator=g)
     ts = torch.linspace(0.999, 0, steps + 1)
-    for a, b in zip(ts[:-1], ts[1:], strict=True):
+    for a, b in pairwise(ts):
         x0, _ = model(x, a.expand(len(z), 1), cond, (1,))
         x = x0 + (x - x0) * (b / a)
     truth, made = (codec.decode_linear(v).clamp(0, 1) for v in (z, x))
@@ -149,8 +175,10 @@ def evaluate(model: VideoDiT, codec: Codec, held: dict[str, Tensor], steps: int 
     rows, cols = (torch.arange(h) + 0.5)[:, None] * 4 - MARGIN, (torch.arange(w) + 0.5)[None] * 4
     px, py = (poses[:, 0, :, i, None, None] * 720 for i in (0, 1))
     box = ((cols - px).abs() < 180) & ((rows - py).abs() < 180)
-    psnr = lambda m: float((-10 * torch.log10((error * m).sum((1, 2, 3)) / m.sum((1, 2, 3)))).mean())
-    return {"full": psnr(torch.ones_like(error)), "box": psnr(box.float())}, torch.stack([made[:, 0], truth[:, 0]], 1)
+    figures = {}
+    for name, m in (("full", torch.ones_like(error)), ("box", box.float())):
+        figures[name] = float((-10 * torch.log10((error * m).sum((1, 2, 3)) / m.sum((1, 2, 3)))).mean())
+    return figures, torch.stack([made[:, 0], truth[:, 0]], 1)
 
 
 def picture(pairs: Tensor, path: Path) -> None:
@@ -168,7 +196,7 @@ def train(
     lr: float = 2e-3,
     seed: int = 0,
     every: float = 5.0,
-    kinds: tuple[Kind, ...] = VIDEOS,
+    kinds: tuple[Kind, ...] = KINDS,
     start_from: Path | None = None,
 ) -> VideoDiT:
     """Train on the latents under ``data``; see :func:`hhattn.video.train.loop.run` for resuming and pausing."""
@@ -190,4 +218,15 @@ def train(
         picture(pairs, out / "dit.png")
         return out_figures
 
-    return run("dit", out, model, optimizers(model, lr), step_loss, figures, minutes=minutes, seed=seed, every=every, start_from=start_from)
+    return run(
+        "dit",
+        out,
+        model,
+        optimizers(model, lr),
+        step_loss,
+        figures,
+        minutes=minutes,
+        seed=seed,
+        every=every,
+        start_from=start_from,
+    )

@@ -6,12 +6,14 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WARMUP = 60  # steps
 HOLD = 0.6  # share of the run at full learning rate before it falls
@@ -26,20 +28,21 @@ def save(path: Path, state: object) -> None:
 def run(
     name: str,
     out: Path,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    model: Model,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_of: Callable[[Model, torch.Generator], Tensor],
+    evaluate: Callable[[Model], dict[str, float]],
     *,
     minutes: float,
     seed: int = 0,
     every: float = 5.0,
     start_from: Path | None = None,
-) -> nn.Module:
+) -> Model:
     """Train ``model`` until ``minutes`` of wall time are spent and return its averaged weights.
 
     ``out/NAME.pt`` is written every ``every`` minutes and resumed from when it is there; ``start_from`` gives the first
-    weights of a new run. The run stands still while ``out/pause`` exists. ``out/NAME.jsonl`` gets a line of figures each time.
+    weights of a new run. The run stands still while ``out/pause`` exists. ``out/NAME.jsonl`` gets a line of figures
+    each time.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.pt"
@@ -72,22 +75,41 @@ def run(
         now = time.monotonic()
         elapsed, last = elapsed + now - last, now
         if elapsed >= report or elapsed >= minutes * 60:
-            line = {"step": step, "minutes": round(elapsed / 60, 1), "loss": sum(losses) / len(losses), **evaluate(average)}
+            line = {
+                "step": step,
+                "minutes": round(elapsed / 60, 1),
+                "loss": sum(losses) / len(losses),
+                **evaluate(average),
+            }
             _log(out / f"{name}.jsonl", line)
             optimizer_states = [o.state_dict() for o in optimizers]
-            save(path, {"model": model.state_dict(), "average": average.state_dict(), "optimizers": optimizer_states, "step": step, "elapsed": elapsed})
+            save(
+                path,
+                {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizers": optimizer_states,
+                    "step": step,
+                    "elapsed": elapsed,
+                },
+            )
             losses, report, last = [], elapsed + every * 60, time.monotonic()
     return average
 
 
-def _set_rates(optimizers: list[torch.optim.Optimizer], rates: list[list[float]], step: int, done: float) -> None:
+def _set_rates(optimizers: Sequence[torch.optim.Optimizer], rates: list[list[float]], step: int, done: float) -> None:
     scale = min(1, (step + 1) / WARMUP) * (0.02 + 0.98 * min(1, (1 - done) / (1 - HOLD)))
     for o, base in zip(optimizers, rates, strict=True):
         for group, rate in zip(o.param_groups, base, strict=True):
             group["lr"] = rate * scale
 
 
-def _step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss_of: Callable[[nn.Module, torch.Generator], Tensor], g: torch.Generator) -> float:
+def _step(
+    model: Model,
+    optimizers: Sequence[torch.optim.Optimizer],
+    loss_of: Callable[[Model, torch.Generator], Tensor],
+    g: torch.Generator,
+) -> float:
     loss = loss_of(model, g)
     for o in optimizers:
         o.zero_grad(set_to_none=True)

@@ -21,13 +21,14 @@ def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices, and for kernels seen as (outputs, everything else). The step's root mean square matches AdamW's, so AdamW's learning rates carry over (Moonlight)."""
+    """For matrices, and for kernels seen as (outputs, everything else). The step's root mean square matches AdamW's,
+    so AdamW's learning rates carry over (Moonlight)."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:

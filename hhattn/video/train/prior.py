@@ -17,11 +17,17 @@ KNOTS = 64
 
 
 def draw(rng: random.Random, count: int, knots: int = KNOTS) -> tuple[Tensor, Tensor]:
-    """True knots ``[count, knots, 4]`` (camera counted within one turn of the panorama at the start) and words ``[count, 2]``."""
+    """True knots ``[count, knots, 4]`` (camera counted within one turn of the panorama at the start) and words
+    ``[count, 2]``."""
     words = [(rng.randrange(len(SLOTS["motion"])), rng.randrange(len(SLOTS["camera"]))) for _ in range(count)]
     t = torch.arange(knots) * KNOT_SECONDS
     paths = [Track.draw(rng, SLOTS["motion"][m], SLOTS["camera"][c])(t) for m, c in words]
     return torch.stack(paths), torch.tensor(words)
+
+
+def _rough(knots: Tensor) -> float:
+    """Root mean square third difference of the subject's path."""
+    return float(torch.diff(knots[..., :2], n=3, dim=1).square().mean().sqrt())
 
 
 def train(out: Path, minutes: float, lr: float = 2e-3, seed: int = 0, every: float = 2.0) -> MotionPrior:
@@ -38,14 +44,14 @@ def train(out: Path, minutes: float, lr: float = 2e-3, seed: int = 0, every: flo
     @torch.no_grad()
     def evaluate(model: MotionPrior) -> dict[str, float]:
         made = model.extend(held_path[:, :0], held_words, KNOTS, Sampling(), torch.Generator().manual_seed(0))
-        inside = ((made[..., 0] > 0) & (made[..., 0] < 16 / 9) & (made[..., 1] > 0.1) & (made[..., 1] < 0.8)).float().mean()
-        rough = lambda k: float(torch.diff(k[..., :2], n=3, dim=1).square().mean().sqrt())
-        reach = lambda k: float(k[..., :2].std(1).mean())
+        inside = (
+            ((made[..., 0] > 0) & (made[..., 0] < 16 / 9) & (made[..., 1] > 0.1) & (made[..., 1] < 0.8)).float().mean()
+        )
         return {
             "nats": float(model.loss(held_tokens, held_knots, held_words)),
             "inside": float(inside),
-            "roughness_ratio": rough(made) / rough(held_path),
-            "reach_ratio": reach(made) / reach(held_path),
+            "roughness_ratio": _rough(made) / _rough(held_path),
+            "reach_ratio": float(made[..., :2].std(1).mean() / held_path[..., :2].std(1).mean()),
         }
 
     model = MotionPrior()

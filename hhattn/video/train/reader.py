@@ -20,7 +20,10 @@ from .loop import run, save
 def stills(codec: Codec, rng: random.Random, count: int) -> dict[str, Tensor]:
     """Latents of single pictures ``z [n, C, 23, 40]`` fp16, ``words [n, 5]``, ``poses [n, 4]``."""
     z = torch.empty(count, codec.channels, 23, 40, dtype=torch.float16)  # filled in place: small results between large
-    words, poses = torch.empty(count, 5, dtype=torch.int64), torch.empty(count, 4)  # temporaries would scatter over the heap
+    words, poses = (
+        torch.empty(count, 5, dtype=torch.int64),
+        torch.empty(count, 4),
+    )  # temporaries would scatter over the heap
     for i in range(count):
         clip, t = Clip.draw(rng), torch.tensor([rng.uniform(0, 60)])
         picture, _ = render(clip, t, margin=MARGIN, stride=4)
@@ -30,21 +33,31 @@ def stills(codec: Codec, rng: random.Random, count: int) -> dict[str, Tensor]:
 
 
 def targets(words: Tensor, poses: Tensor, w: int = 40) -> dict[str, Tensor]:
-    """What the reader should say: word ids, the subject's cell and its place inside, the camera's bin and its place inside."""
+    """What the reader should say: word ids, the subject's cell and its place inside, the camera's bin and its place
+    inside."""
     x = poses[:, 0] * 720 / SPACE
     y = (poses[:, 1] * 720 + MARGIN) / SPACE
     turn = torch.remainder(poses[:, 3], CAMERA_PERIOD) / CAMERA_PERIOD * BINS
     cell = y.long() * w + x.long()
     shift = torch.stack([y - y.floor() - 0.5, x - x.floor() - 0.5, poses[:, 2]], 1)
     ids = {k: words[:, list(SLOTS).index(k)] for k in ("color", "subject", "scene")}
-    return ids | {"cell": cell, "shift": shift, "bin": turn.long().clamp(max=BINS - 1), "rest": turn - turn.floor() - 0.5}
+    return ids | {
+        "cell": cell,
+        "shift": shift,
+        "bin": turn.long().clamp(max=BINS - 1),
+        "rest": turn - turn.floor() - 0.5,
+    }
 
 
 def loss_of(model: Reader, z: Tensor, t: dict[str, Tensor]) -> Tensor:
     out, rows = model(z), torch.arange(len(z))
     words = sum(F.cross_entropy(out[k], t[k]) for k in model.sizes)
-    place = F.nll_loss(out["where"], t["cell"]) + 10 * F.smooth_l1_loss(out["shift"][rows, :, t["cell"]], t["shift"], beta=0.1)
-    camera = F.cross_entropy(out["bins"], t["bin"]) + 5 * F.smooth_l1_loss(out["rest"][rows, t["bin"]], t["rest"], beta=0.1)
+    place = F.nll_loss(out["where"], t["cell"]) + 10 * F.smooth_l1_loss(
+        out["shift"][rows, :, t["cell"]], t["shift"], beta=0.1
+    )
+    camera = F.cross_entropy(out["bins"], t["bin"]) + 5 * F.smooth_l1_loss(
+        out["rest"][rows, t["bin"]], t["rest"], beta=0.1
+    )
     return words + place + camera
 
 
@@ -65,13 +78,18 @@ def train(data: Path, out: Path, minutes: float, lr: float = 1e-3, seed: int = 0
     @torch.no_grad()
     def evaluate(model: Reader) -> dict[str, float]:
         readings = [model.read(z[None].float()) for z in held["z"]]
-        right = {k: 0.0 for k in model.sizes}
+        right = dict.fromkeys(model.sizes, 0.0)
         for reading, words in zip(readings, held["words"], strict=True):
             for k in right:
                 right[k] += (reading.words[k] == SLOTS[k][int(words[list(SLOTS).index(k)])]) / len(readings)
         error = torch.stack([r.pose for r in readings]) - held["poses"]
         camera = (torch.remainder(error[:, 3] + CAMERA_PERIOD / 2, CAMERA_PERIOD) - CAMERA_PERIOD / 2).abs()
-        place = {"x": error[:, 0].abs().median(), "y": error[:, 1].abs().median(), "angle": error[:, 2].abs().median(), "camera": camera.median()}
+        place = {
+            "x": error[:, 0].abs().median(),
+            "y": error[:, 1].abs().median(),
+            "angle": error[:, 2].abs().median(),
+            "camera": camera.median(),
+        }
         return right | {k: float(v) for k, v in place.items()} | {"camera_lost": float((camera > 0.2).float().mean())}
 
     model = Reader()

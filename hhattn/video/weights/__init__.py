@@ -20,11 +20,15 @@ def load(models: dict[str, nn.Module], folder: Path | None = None) -> None:
     for name, model in models.items():
         path = (folder or FOLDER) / f"{name}.safetensors"
         if not path.exists():
-            raise FileNotFoundError(f"weights {path} not found; they come with the package, or from `python -m hhattn.video.train`")
+            raise FileNotFoundError(
+                f"weights {path} not found; they come with the package, or from `python -m hhattn.video.train`"
+            )
         try:
             model.load_state_dict({k: v.float() for k, v in load_file(path).items()})
         except RuntimeError as e:
-            raise ValueError(f"weights {path} don't fit this version of the model: {str(e).splitlines()[-1].strip()}") from None
+            raise ValueError(
+                f"weights {path} don't fit this version of the model: {str(e).splitlines()[-1].strip()}"
+            ) from None
         model.eval().requires_grad_(False)
 
 

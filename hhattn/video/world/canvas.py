@@ -1,7 +1,7 @@
 """Anti-aliased painting with signed distances, batched over images.
 
-A picture is ``[N, 3, h, w]`` in [0, 1]; distances and masks are ``[N, h, w]`` in world units (frame heights); a mask is the
-share of a pixel that a shape covers, from its signed distance (negative inside) and the size of a pixel.
+A picture is ``[N, 3, h, w]`` in [0, 1]; distances and masks are ``[N, h, w]`` in world units (frame heights); a mask
+is the share of a pixel that a shape covers, from its signed distance (negative inside) and the size of a pixel.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def wrap(d: Tensor, period: float) -> Tensor:
 
 
 def blobs(u: Tensor, y: Tensor, points: Tensor, period: float) -> Tensor:
-    """Sum of separable Gaussians on a strip of length ``period``. ``u [N, 1, w]``, ``y [N, h, 1]``; points ``[K, 5]`` hold
-    u, y, width, height, weight -> ``[N, h, w]``. Separable, hence one small matrix product."""
+    """Sum of separable Gaussians on a strip of length ``period``. ``u [N, 1, w]``, ``y [N, h, 1]``; points ``[K, 5]``
+    hold u, y, width, height, weight -> ``[N, h, w]``. Separable, hence one small matrix product."""
     pu, py, wu, wy, a = (c.view(1, -1, 1) for c in points.unbind(1))
     row = torch.exp(-((wrap(u - pu, period) / wu) ** 2)) * a
     col = torch.exp(-(((y.transpose(1, 2) - py) / wy) ** 2))
@@ -56,10 +56,10 @@ def blobs(u: Tensor, y: Tensor, points: Tensor, period: float) -> Tensor:
 
 def ridge(u: Tensor, period: float, base: float, amp: float, seed: int) -> Tensor:
     """Height of a smooth, periodic ridge line: three harmonics with seeded phases."""
-    turn = 2 * math.pi * u / period
-    return base + amp * sum(
-        w * torch.sin(n * turn + 1.7 * seed + 2.1 * n * seed) for n, w in ((1, 0.45), (2, 0.6), (3 + seed % 2, 0.35))
-    )
+    turn, height = 2 * math.pi * u / period, torch.full_like(u, base)
+    for n, weight in ((1, 0.45), (2, 0.6), (3 + seed % 2, 0.35)):
+        height = height + amp * weight * torch.sin(n * turn + 1.7 * seed + 2.1 * n * seed)
+    return height
 
 
 def ellipse(x: Tensor, y: Tensor, cx: float, cy: float, a: float, b: float) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 PAN_SPEED = 0.06  # frame heights a second that the nearest layer moves
-CAMERA_PERIOD = 9.6  # the panorama repeats after this much camera travel; every layer's own period divides its share of it
+CAMERA_PERIOD = (
+    9.6  # the panorama repeats after this much camera travel; every layer's own period divides its share of it
+)
 
-# motion -> (period in s, x amplitude, y amplitude, x harmonic, y harmonic, y phase in turns, tilt amplitude, tilt harmonic)
+# motion -> (period in s, x and y amplitude, x and y harmonic, y phase in turns, tilt's amplitude and harmonic)
 CURVES = {
     "floating": (5.0, 0.03, 0.15, 1, 1, 0.25, 0.05, 1),
     "gliding": (12.0, 0.48, 0.03, 1, 2, 0.0, 0.14, 1),
@@ -57,7 +59,11 @@ class Path:
         """``t [N]`` in seconds -> ``[N, 4]``: x, y, angle of the subject, and the camera's travel."""
         period, ax, ay, hx, hy, py, tilt, ht = CURVES[self.motion]
         turn = 2 * math.pi * (t / (period / self.tempo) + self.phase)
-        x = aspect / 2 + self.center[0] + self.amplitude * ax * aspect / (16 / 9) * torch.sin(hx * turn) * self.direction
+        x = (
+            aspect / 2
+            + self.center[0]
+            + self.amplitude * ax * aspect / (16 / 9) * torch.sin(hx * turn) * self.direction
+        )
         y = self.center[1] + self.amplitude * ay * torch.sin(hy * turn + 2 * math.pi * py)
         angle = self.amplitude * tilt * torch.cos(ht * turn) * self.direction
         camera = self.camera_start + self.panning * self.camera_direction * PAN_SPEED * t

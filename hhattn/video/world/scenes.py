@@ -16,6 +16,7 @@ from .canvas import blobs, cover, ellipse, mix, over, rgb, ridge, vertical, wrap
 DEPTHS = (0.25, 0.5, 1.0)
 STRIP = 2.4
 SECONDS = 6.0  # everything that moves by itself repeats after this time
+Color = tuple[float, float, float]
 Painter = Callable[[Tensor, Tensor, list[Tensor], Tensor, float], Tensor]
 
 
@@ -37,17 +38,19 @@ _SPACE_STARS = _scatter(110, 5, 0.0, 1.0, (0.0035, 0.0075))
 _CLOUDS = _cloud_points()
 
 
-def _clouds(picture: Tensor, u: Tensor, y: Tensor, color: tuple[float, float, float], strength: float) -> Tensor:
+def _clouds(picture: Tensor, u: Tensor, y: Tensor, color: Color, strength: float) -> Tensor:
     return over(picture, rgb(color), ((blobs(u, y, _CLOUDS, STRIP) - 0.25) * 2.2).clamp(0, strength))
 
 
-def _sun(picture: Tensor, x: Tensor, y: Tensor, px: float, at: tuple[float, float], r: float, color, glow: float) -> Tensor:
+def _sun(
+    picture: Tensor, x: Tensor, y: Tensor, px: float, at: tuple[float, float], r: float, color: Color, glow: float
+) -> Tensor:
     d2 = (x - at[0]) ** 2 + (y - at[1]) ** 2
     picture = over(picture, rgb(color), glow * torch.exp(-d2 / (2.8 * r) ** 2))
     return over(picture, rgb(color), cover(d2.sqrt() - r, px, 2))
 
 
-def _hills(picture: Tensor, us: list[Tensor], y: Tensor, px: float, colors) -> Tensor:
+def _hills(picture: Tensor, us: list[Tensor], y: Tensor, px: float, colors: tuple[Color, Color, Color]) -> Tensor:
     shapes = ((0.64, 0.05, STRIP, 1), (0.75, 0.055, 2 * STRIP, 2), (0.88, 0.05, 2 * STRIP, 3))
     for u, (base, amp, period, seed), color in zip(us, shapes, colors, strict=True):
         top = ridge(u, period, base, amp, seed)
@@ -92,7 +95,9 @@ def ocean(x: Tensor, y: Tensor, us: list[Tensor], clock: Tensor, px: float) -> T
     return p
 
 
-def _buildings(p: Tensor, u: Tensor, y: Tensor, px: float, n: int, base: float, amp: float, seed: int, color, lit) -> Tensor:
+def _buildings(
+    p: Tensor, u: Tensor, y: Tensor, px: float, n: int, base: float, amp: float, seed: int, color: Color, lit: bool
+) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     heights, insets = torch.rand(n, generator=g), torch.rand(n, generator=g)
     windows = torch.rand(n, 5, 5, generator=g) > 0.45
@@ -108,7 +113,11 @@ def _buildings(p: Tensor, u: Tensor, y: Tensor, px: float, n: int, base: float, 
         gx, gy = 0.036, 0.052
         i, j = torch.round(off / gx), torch.floor((y - top - 0.02) / gy)
         wx, wy = (off - i * gx).abs() - gx * 0.28, ((y - top - 0.02) - (j + 0.5) * gy).abs() - gy * 0.3
-        on = windows[k.expand_as(j), (i.long() % 5).expand_as(j), j.long() % 5] & (j >= 0) & (off.abs() < half - gx * 0.5)
+        on = (
+            windows[k.expand_as(j), (i.long() % 5).expand_as(j), j.long() % 5]
+            & (j >= 0)
+            & (off.abs() < half - gx * 0.5)
+        )
         p = over(p, rgb((1.0, 0.84, 0.50)), cover(torch.maximum(wx, wy), px) * on * 0.9)
     return p
 

@@ -123,9 +123,11 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 
 
-def paint(kind: str, color: Tensor, picture: Tensor, x: Tensor, y: Tensor, pose: Tensor, t: Tensor, px: float) -> tuple[Tensor, Tensor]:
-    """Draw a subject. ``color [N,3]``, ``picture [N,3,h,w]``, ``x [N,1,w]``, ``y [N,h,1]``, ``pose [N,3]`` (x, y, angle),
-    ``t [N]`` seconds -> the picture and the subject's cover ``[N,h,w]``."""
+def paint(
+    kind: str, color: Tensor, picture: Tensor, x: Tensor, y: Tensor, pose: Tensor, t: Tensor, px: float
+) -> tuple[Tensor, Tensor]:
+    """Draw a subject. ``color [N,3]``, ``picture [N,3,h,w]``, ``x [N,1,w]``, ``y [N,h,1]``, ``pose [N,3]`` (x, y,
+    angle), ``t [N]`` seconds -> the picture and the subject's cover ``[N,h,w]``."""
     x0, y0, angle = (p.view(-1, 1, 1) for p in pose.unbind(1))
     dx, dy = (x - x0) / RADIUS, (y - y0) / RADIUS
     brush = Brush(picture, px / RADIUS)
