@@ -1,4 +1,4 @@
-"""The command line: ``hhattn info`` and ``hhattn generate``."""
+"""The command line: ``hhattn info``, ``generate``, ``evaluate`` and ``words``."""
 
 from __future__ import annotations
 
@@ -29,23 +29,40 @@ def show_info(as_json: Annotated[bool, typer.Option("--json", help="Print one JS
     typer.echo(json.dumps(report, indent=2) if as_json else str(report))
 
 
-# `generate` needs the video extra, so its module is imported, and its options read, only when it is asked for.
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)
-def generate(ctx: typer.Context) -> None:
-    """Generate a video from words (hhattn generate --help)."""
+# What follows needs the video extra, so its module is imported, and its options read, only when it is asked for.
+_LATER = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _video(name: str, args: list[str]) -> None:
+    """Run the command ``name`` of hhattn.video.cli, or say in one line what is not installed."""
     try:
         from hhattn.video import cli
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "hhattn":
             raise
-        typer.echo(f"hhattn generate needs {error.name}, which is not installed: pip install 'hhattn[video]'", err=True)
+        typer.echo(f"hhattn {name} needs {error.name}, which is not installed: pip install 'hhattn[video]'", err=True)
         raise typer.Exit(2) from None
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(cli.generate)
-    command(args=ctx.args, prog_name="hhattn generate")
+    command.command()(getattr(cli, name))
+    command(args=args, prog_name=f"hhattn {name}")
+
+
+@app.command(context_settings=_LATER, add_help_option=False)
+def generate(ctx: typer.Context) -> None:
+    """Generate a video from words (hhattn generate --help)."""
+    _video("generate", ctx.args)
+
+
+@app.command(context_settings=_LATER, add_help_option=False)
+def evaluate(ctx: typer.Context) -> None:
+    """Measure generated clips against the world, along their length (hhattn evaluate --help)."""
+    _video("evaluate", ctx.args)
+
+
+@app.command(context_settings=_LATER, add_help_option=False)
+def words(ctx: typer.Context) -> None:
+    """List the words that a prompt may use."""
+    _video("words", ctx.args)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .evaluate import main as evaluate
 from .generate import DEMO_PROMPT, Pipeline, Request
 from .io import VideoWriter, check_writable, read_picture
 from .presets import SIZES
 from .prior import Sampling
-from .text import SLOTS
+from .text import SLOTS, parse
 
 console = Console(stderr=True)
 
@@ -29,7 +30,12 @@ def fail(message: object) -> typer.Exit:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to show; `hhattn words` lists the vocabulary.")] = DEMO_PROMPT,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to show (`hhattn words`); default: the demo's, or what --image shows.", show_default=False
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 60.0,
     size: Annotated[str, typer.Option(help=f"Height x width: {', '.join(SIZES)}.")] = "720x1280",
     fps: Annotated[float, typer.Option(help="Frames a second, 8 to 32.")] = 16.0,
@@ -47,9 +53,13 @@ def generate(
 ) -> None:
     """Generate a clip with the bundled model: text-to-video, or image-to-video with --image."""
     try:
+        if prompt is None:
+            prompt = DEMO_PROMPT if image is None else ""
         request = Request(prompt, seconds, size, fps, seed, steps, guidance, Sampling(temperature, top_k, top_p))
         picture = None if image is None else read_picture(image, *SIZES[size].native)
         check_writable(output)
+        if prompt:
+            parse(prompt, seed)
         pipeline = Pipeline()
         words = pipeline.understand(request, picture)
     except (ValueError, FileNotFoundError) as e:
@@ -103,3 +113,6 @@ def words() -> None:
     """List the words a prompt may use."""
     for slot, options in SLOTS.items():
         print(f"{slot:8} {', '.join(options)}")
+
+
+__all__ = ["evaluate", "generate", "words"]

@@ -3,7 +3,7 @@
 The generated path and the prompt's words say what the world itself would have shown; that picture is the truth.
 Errors are taken inside the subject's box, where a missing or wrongly coloured subject costs most, and stand beside
 trivial baselines: the true picture without the subject, and with the subject in another colour.
-``python -m hhattn.video.evaluate``.
+``hhattn evaluate``.
 """
 
 from __future__ import annotations
@@ -167,7 +167,3 @@ def main(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -41,7 +41,8 @@ class Reader(nn.Module):
         self.where = nn.Conv2d(dim, 1, 1)
         self.shift = nn.Conv2d(dim, 3, 1)  # offset within the cell (cells), angle
         self.words = nn.ModuleDict({k: nn.Linear(2 * dim, n) for k, n in self.sizes.items()})
-        self.columns = nn.Sequential(nn.Linear(2 * dim, 256), nn.SiLU())
+        self.strip = nn.Conv2d(dim, 12, 1)
+        self.columns = nn.Sequential(nn.Linear(12 * 4 * 40, 256), nn.SiLU())
         self.bins, self.rest = nn.Linear(256, BINS), nn.Linear(256, BINS)
 
     def forward(self, z: Tensor) -> dict[str, Tensor]:
@@ -60,10 +61,9 @@ class Reader(nn.Module):
         flat = x.flatten(2)
         here = (flat * where.exp()[:, None]).sum(-1)
         both = torch.cat([here, flat.mean(-1)], -1)
-        lines = torch.cat(
-            [flat.mean(-1), (flat * torch.linspace(-1, 1, w, device=z.device).repeat(h)).mean(-1) * 3], -1
-        )
-        turned = self.columns(lines)
+        # what stands in which column, in four bands of rows, tells the camera's place; narrower pictures are padded
+        bands = F.adaptive_avg_pool2d(F.silu(self.strip(x)), (4, w))
+        turned = self.columns(F.pad(bands, (0, 40 - w)).flatten(1))
         out = {k: head(both) for k, head in self.words.items()}
         return out | {
             "where": where,
