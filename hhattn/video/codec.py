@@ -76,7 +76,7 @@ class CausalMix(nn.Module):
         past = x[:, :1].expand(-1, 2, -1, -1, -1) if past is None else past
         padded = torch.cat([past, x], 1)
         taps = torch.cat([padded[:, :-2], padded[:, 1:-1], padded[:, 2:]], 2)
-        return x + self.mix(taps.flatten(0, 1)).view_as(x), padded[:, -2:]
+        return x + self.mix(taps.flatten(0, 1)).view_as(x), padded[:, -2:].clone()  # no view of all of padded
 
 
 class Decoder(nn.Module):
@@ -130,8 +130,9 @@ class Codec(nn.Module):
         """``[B, 4T, 3, H, W]`` -> ``[B, T, h, w, 768]``; ``stride`` 4 for full-size pictures, 1 if already at quarter
         size."""
         seen = F.avg_pool2d(frames.flatten(0, 1), stride) if stride > 1 else frames.flatten(0, 1)
-        q = F.pixel_unshuffle(seen, _SEEN)
-        return q.reshape(frames.shape[0], -1, _BLOCK, *q.shape[2:]).movedim(2, -1)
+        b, t, h, w = frames.shape[0], frames.shape[1] // TIME, seen.shape[2] // _SEEN, seen.shape[3] // _SEEN
+        q = F.pixel_unshuffle(seen, _SEEN) if t else seen  # of no pictures, pixel_unshuffle gets the shape wrong
+        return q.reshape(b, t, _BLOCK, h, w).movedim(2, -1)
 
     def fit(self, blocks: Tensor, power: float = 0.6) -> None:
         """Principal components of ``blocks [n, 768]``. Channel c is divided by σ_c^power (rescaled to unit mean
@@ -157,7 +158,8 @@ class Codec(nn.Module):
             frames = torch.cat([state.pending, frames], 1)
         whole = frames.shape[1] // TIME * TIME
         z = self.project(self.blocks(frames[:, :whole]))
-        return z, EncoderState(frames[:, whole:], True)
+        # a copy: a view would keep every frame of this call alive
+        return z, EncoderState(frames[:, whole:].clone(), state.begun or frames.shape[1] > 0)
 
     def decode_linear(self, z: Tensor) -> Tensor:
         """The encoder's pseudo-inverse at quarter size: ``[B, T, C, h, w]`` -> ``[B, 4T, 3, 8h, 8w]``."""
