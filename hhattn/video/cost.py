@@ -40,5 +40,6 @@ def cost(config: Config, grid: tuple[int, int]) -> Cost:
             memory += 4 * 2 * (1 + reach) * n * dim
         else:
             flops += 4 * n * hd * dim
-            memory += 4 * config.heads * hd * (hd + 1) * (config.sees(layer) != "spatial")
+            states = {"joint": 1, "spatial": 0, "temporal": n}[config.sees(layer)]
+            memory += 4 * config.heads * hd * (hd + 1) * states
     return Cost(sum(p.numel() for p in model.parameters()), flops, memory)

@@ -53,6 +53,11 @@ class Config:
             raise ValueError(f"pathway={self.pathway!r}; accepted: {', '.join(PATHWAYS)}")
         if len(self.decay) != self.heads:
             raise ValueError(f"decay has {len(self.decay)} values; one for each of the {self.heads} heads is needed")
+        if self.sparse_every and self.chunk <= self.window[0]:
+            raise ValueError(
+                f"chunk={self.chunk}; accepted with window={self.window}: more than {self.window[0]}, so that the "
+                "clip's first frame doesn't stand in the ring twice"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -163,7 +168,7 @@ class MixFFN(nn.Module):
         padded = torch.cat([torch.zeros_like(y[:, :1]).expand(-1, 2, -1, -1) if past is None else past, y], 1)
         for i in range(3):
             y = y + padded[:, i : i + t] * self.time[i]
-        return y, padded[:, -2:]
+        return y, padded[:, -2:].clone()  # a view would keep the whole chunk alive
 
 
 class Block(nn.Module):
