@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .codec import TIME
 from .model import Config, VideoDiT
 
 
@@ -26,7 +27,7 @@ def cost(config: Config, grid: tuple[int, int]) -> Cost:
     n, dim, hd = grid[0] * grid[1], config.dim, config.head_dim
     once_a_frame = ("words.", "pool.", "time.", "final_ada.", "field.subject", "field.backdrop", "field.film")
     per_token = sum(
-        p.numel()
+        p.numel() * (TIME if name.startswith("field.") else 1)  # the field is asked about each of the four pictures
         for name, p in model.named_parameters()
         if not name.startswith(once_a_frame) and ".ada." not in name and p.ndim > 1
     )
