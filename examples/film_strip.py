@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def film_strip(path: Path, every: float, columns: int, width: int) -> Image.Image:
-    """Decode ``path`` and lay out its frames, ``every`` seconds apart, ``columns`` a row, each ``width`` pixels wide."""
+    """Frames of ``path``, ``every`` seconds apart, ``columns`` a row, each ``width`` pixels wide."""
     pictures, due = [], 0.0
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):

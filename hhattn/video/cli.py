@@ -40,10 +40,11 @@ def generate(
     size: Annotated[str, typer.Option(help=f"Height x width: {', '.join(SIZES)}.")] = "720x1280",
     fps: Annotated[float, typer.Option(help="Frames a second, 8 to 32.")] = 16.0,
     seed: Annotated[int, typer.Option(help="Chooses the path, the noise and every word the prompt leaves open.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 3,
+    steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 1,
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")
     ] = 1.0,
+    noise: Annotated[float, typer.Option(help="Scale of the starting noise: 0 the mean picture, 1 all of it.")] = 0.3,
     temperature: Annotated[float, typer.Option(help="Of the motion prior; 0 takes the likeliest path.")] = 0.6,
     top_k: Annotated[int, typer.Option(help="Of the motion prior; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Of the motion prior; 1 is off.")] = 0.9,
@@ -55,7 +56,7 @@ def generate(
     try:
         if prompt is None:
             prompt = DEMO_PROMPT if image is None else ""
-        request = Request(prompt, seconds, size, fps, seed, steps, guidance, Sampling(temperature, top_k, top_p))
+        request = Request(prompt, seconds, size, fps, seed, steps, guidance, noise, Sampling(temperature, top_k, top_p))
         picture = None if image is None else read_picture(image, *SIZES[size].native)
         check_writable(output)
         if prompt:

@@ -150,7 +150,7 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 def main(
     count: Annotated[int, typer.Option("--prompts", help="How many prompts.")] = 8,
     seconds: float = 60.0,
-    steps: int = 3,
+    steps: int = 1,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights; default: the package's.")] = None,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("out/evaluation.json"),
 ) -> None:

@@ -36,8 +36,9 @@ class Request:
     size: str = "720x1280"
     fps: float = 16.0
     seed: int = 0
-    steps: int = 3
+    steps: int = 1
     guidance: float = 1.0
+    noise: float = 0.3
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -51,6 +52,10 @@ class Request:
             raise ValueError(f"steps={self.steps}; accepted: 1 to 100")
         if not 0 <= self.guidance <= 20:
             raise ValueError(f"guidance={self.guidance}; accepted: 0 to 20 (1 turns it off)")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(
+                f"noise={self.noise}; accepted: 0 (the mean picture) to 1 (as trained)"
+            )
 
     @property
     def frames(self) -> int:
@@ -146,8 +151,10 @@ class Pipeline:
         empty = None
         if request.guidance != 1:
             empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
-        g = torch.Generator().manual_seed((request.seed << 20) + index)  # a chunk's noise depends on its index alone
-        noise = torch.randn(1, times.shape[1], self.dit.config.channels, *grid, generator=g)
+        # a chunk's noise depends on its index alone, and is one for all its frames, so that what is left of it doesn't flicker
+        g = torch.Generator().manual_seed((request.seed << 20) + index)
+        noise = torch.randn(1, 1, self.dit.config.channels, *grid, generator=g) * request.noise
+        noise = noise.expand(-1, times.shape[1], -1, -1, -1)
         return sample_chunk(
             self.dit, cond, empty, noise, memory, steps=request.steps, guidance=request.guidance, first=first
         )
