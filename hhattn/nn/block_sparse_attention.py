@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import Tensor
 
-import hhattn
+from hhattn.masks import BlockMask
 from hhattn.nn._projections import AttentionProjections
-
-if TYPE_CHECKING:
-    from hhattn.masks import BlockMask
+from hhattn.ops.block_sparse_attention import block_sparse_attention
 
 
 class BlockSparseAttention(AttentionProjections):
@@ -42,5 +40,5 @@ class BlockSparseAttention(AttentionProjections):
         keys, values = k, v
         if kv_cache is not None:
             keys, values = (torch.cat((past, new), 1) for past, new in zip(kv_cache, (k, v), strict=True))
-        out = self.to_out(hhattn.block_sparse_attention(q, keys, values, mask).flatten(2))
+        out = self.to_out(cast(Tensor, block_sparse_attention(q, keys, values, mask)).flatten(2))
         return (out, (k, v)) if return_kv else out

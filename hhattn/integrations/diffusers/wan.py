@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
@@ -48,7 +48,7 @@ class SelfAttentionProcessor:
         v = heads(attn, v)
         mask = self.mask
         out = hhattn.attention(q, k, v) if mask is None else hhattn.block_sparse_attention(q, k, v, mask)
-        out = attn.to_out[0](out.flatten(2))
+        out = attn.to_out[0](cast(Tensor, out).flatten(2))
         return attn.to_out[1](out)
 
 

@@ -1,0 +1,208 @@
+"""Softmax attention over the pairs that a :class:`hhattn.BlockMask` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hhattn import _dispatch
+from hhattn.layout import Order, check_order
+from hhattn.masks.block_mask import BlockMask
+from hhattn.ops import _amp
+from hhattn.reference import block_sparse_attention as _reference
+from hhattn.reference.block_sparse_attention import Lists
+
+OP = "block_sparse_attention"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    order: Order | None = None,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in which query i attends the keys that ``mask`` holds for it, and no other::
+
+        s_ij = scale · q_i·k_j      lse_i = log Σ_j exp(s_ij)      out_i = Σ_j exp(s_ij - lse_i) v_j
+
+    Work and memory grow with the blocks that the mask touches; no Sq x Sk array is made, forward or backward. Softmax and
+    sums are float32. A query that attends nothing gets out 0, lse -inf, and no gradient. What stands at masked positions
+    doesn't matter, infinities and NaNs included. Gradients are the same bits every time.
+
+    Args:
+        q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; D, Dv ≤ 256, H a multiple of H_kv. float32, float16
+            or bfloat16 (float64 for checking gradients), one dtype for the three; under autocast they are cast to its
+            dtype, as for torch's own attention.
+        mask: for Sq queries and Sk keys; batch B or 1, heads H or 1.
+        scale: of the scores; None is 1 / sqrt(D).
+        return_lse: also return lse [B, H, Sq], natural logarithm, float32 (float64 for float64). It is differentiable.
+        order: the order q, k, v are in, "raster" or "tile"; out and lse come in the same. None is the mask's own. Another
+            than the mask's needs a mask made from a :class:`hhattn.VideoLayout`, which converts on the way in and out.
+        impl: "reference", ...; None chooses.
+
+    Returns:
+        out [B, Sq, H, Dv] in q's dtype; with ``return_lse`` (out, lse).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an order that the mask can't
+            convert.
+        RuntimeError: ``impl`` can't run this call.
+    """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"mask must be a hhattn.BlockMask, got {type(mask).__name__}; BlockMask.from_dense and from_flex make one"
+        )
+    q, k, v = _checked(q, k, v)
+    _check_mask(mask, q, k)
+    convert = order is not None and check_order("order", order) != mask.order
+    if convert:
+        q_layout, k_layout = mask.layouts()
+        q_in, k_in, q_out = (
+            (q_layout.to_tiles, k_layout.to_tiles, q_layout.from_tiles)
+            if mask.order == "tile"
+            else (q_layout.from_tiles, k_layout.from_tiles, q_layout.to_tiles)
+        )
+        q, k, v = q_in(q), k_in(k), k_in(v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, lse = _dispatch.call(OP, impl, q, k, v, mask, scale)
+    if convert:
+        out, lse = q_out(out), q_out(lse, 2) if return_lse else lse
+    return (out, lse) if return_lse else out
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v that fit one another, in autocast's dtype where it is on."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head dim of 1 ... {MAX_HEAD_DIM}, got {x.shape[3]}")
+    q, k, v = _amp.cast(q, k, v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise TypeError(
+                f"{name} must be one of {', '.join(str(d) for d in _DTYPES)} and of q's dtype, {q.dtype}, got {x.dtype}"
+            )
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's batch and head dim, {q.shape[0]} and {q.shape[3]}, got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must have k's batch, tokens and heads, {tuple(k.shape[:3])}, got {tuple(v.shape)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
+    return q, k, v
+
+
+def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    if mask.device != q.device:
+        raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}; mask.to(q.device) moves it")
+    if (mask.q_len, mask.k_len) != (q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"mask must be for Sq={q.shape[1]} queries and Sk={k.shape[1]} keys, got {mask.q_len} and {mask.k_len}"
+        )
+    batch, heads = mask.kv_num_blocks.shape[:2]
+    if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):
+        raise ValueError(
+            f"mask must have batch 1 or {q.shape[0]} and heads 1 or {q.shape[2]}, got batch {batch} and heads {heads}"
+        )
+
+
+# ---- the reference as a torch operator, with its gradient ----
+
+
+@torch.library.custom_op("hhattn::block_sparse_attention_reference", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    kv_tiles: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    tiles: Tensor,
+    bk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    lists = Lists(kv_num_blocks, kv_indices, kv_tiles, full_kv_num_blocks, full_kv_indices, tiles)
+    with _amp.off(q.device):
+        return _reference.forward(q, k, v, lists, bk, scale)
+
+
+@torch.library.custom_op("hhattn::block_sparse_attention_reference_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    kv_tiles: Tensor,
+    full_kv_num_blocks: Tensor,
+    full_kv_indices: Tensor,
+    tiles: Tensor,
+    bk: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = Lists(kv_num_blocks, kv_indices, kv_tiles, full_kv_num_blocks, full_kv_indices, tiles)
+    with _amp.off(q.device):
+        return _reference.backward(dout, dlse, q, k, v, out, lse, lists, bk, scale)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads, _dim = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, q_len, heads, v.shape[3]), q.new_empty(batch, heads, q_len, dtype=dtype)
+
+
+@_backward.register_fake
+def _(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.bk, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *lists, out, lse = ctx.saved_tensors
+    gradients = _backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale)
+    return (*gradients, *(None for _ in lists), None, None)
+
+
+torch.library.register_autograd(_forward, _gradients, setup_context=_save)
+
+
+@_dispatch.register(OP, "reference")
+def _run_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(
+        q,
+        k,
+        v,
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.kv_tiles,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        mask.tiles,
+        mask.block_size[1],
+        scale,
+    )
+    return out, lse
