@@ -105,7 +105,7 @@ def parse(text: str, seed: int = 0, defaults: dict[str, str] | None = None) -> P
     Raises PromptError for an unknown word, two values for one slot, or no word of the vocabulary at all.
     """
     found: dict[str, str] = {}
-    for word in re.findall(r"[a-z]+", text.lower()):
+    for word in re.findall(r"[^\W_]+", text.lower()):
         if word in FILLERS:
             continue
         if word not in _MEANING:
