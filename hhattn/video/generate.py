@@ -20,9 +20,10 @@ from .model import Memory, VideoDiT
 from .presets import SIZES, Size
 from .prior import KNOT_SECONDS, MotionPrior, Sampling, interpolate
 from .reader import Reader
-from .sampler import sample_chunk
+from .sampler import START, sample_chunk
 from .text import Prompt, parse
 from .weights import load
+from .world.motion import CAMERA_PERIOD
 
 DEMO_PROMPT = "a red balloon gliding over a meadow, panning camera"
 
@@ -53,9 +54,7 @@ class Request:
         if not 0 <= self.guidance <= 20:
             raise ValueError(f"guidance={self.guidance}; accepted: 0 to 20 (1 turns it off)")
         if not 0 <= self.noise <= 1:
-            raise ValueError(
-                f"noise={self.noise}; accepted: 0 (the mean picture) to 1 (as trained)"
-            )
+            raise ValueError(f"noise={self.noise}; accepted: 0 (the mean picture) to 1 (as trained)")
 
     @property
     def frames(self) -> int:
@@ -100,7 +99,8 @@ class Pipeline:
         first = None if picture is None else self._encode(picture, size)
         knots = torch.zeros(1, 0, 4)
         if first is not None:
-            knots = self.reader.read(first[0]).pose.view(1, 1, 4)
+            knots = self._settle(first, words, size).view(1, 1, 4)
+            knots[..., 0] /= size.aspect / (16 / 9)  # the prior's paths are those of a 16:9 picture
         memory: Memory | None = None
         decoder: DecoderState | None = None
         chance = torch.Generator().manual_seed(request.seed)
@@ -122,6 +122,31 @@ class Pipeline:
             clock.lap("decode")
             yield Chunk(index, frames, latents, poses[0], clock.laps)
             done, index, start = done + len(frames), index + 1, start + count
+
+    def _settle(self, first: Tensor, words: Tensor, size: Size) -> Tensor:
+        """The pose ``[4]`` of a picture: the subject's place as read, and the camera's place under which the
+        transformer itself would have drawn the picture most alike, searched over the whole panorama and then narrowed
+        down."""
+        subject, step = self.reader.read(first[0], size.margin).pose, CAMERA_PERIOD / 48
+        cameras = torch.arange(48) * step
+        for _ in range(5):
+            poses = torch.cat([subject.expand(len(cameras), 3), cameras[:, None]], 1)
+            best = poses[int(torch.cat([self._mismatch(first, words, p, size) for p in poses.split(8)]).argmin())]
+            step /= 2
+            cameras = best[3] + step * torch.tensor([-1.0, 0.0, 1.0])
+        return best
+
+    def _mismatch(self, first: Tensor, words: Tensor, poses: Tensor, size: Size) -> Tensor:
+        """Mean square error ``[n]``, in pixels, between a picture's latents and those drawn in one step at
+        ``poses [n, 4]``."""
+        n, half = len(poses), (size.grid[0], size.grid[1] // 2)  # half the columns tell enough
+        seen = first[..., : half[1]]
+        still = poses.view(n, 1, 1, 4).expand(-1, -1, TIME, -1)
+        cond = self.dit.condition(
+            words.expand(n, -1), torch.zeros(n, 1, TIME), still, torch.zeros(n, 2), half, size.margin
+        )
+        drawn, _ = self.dit(torch.zeros_like(seen).expand(n, -1, -1, -1, -1), torch.full((n, 1), START), cond, (1,))
+        return ((drawn - seen) * self.codec.spread.view(-1, 1, 1)).square().mean((1, 2, 3, 4))
 
     @staticmethod
     def _times(start: int, count: int, fps: float) -> Tensor:
@@ -151,7 +176,7 @@ class Pipeline:
         empty = None
         if request.guidance != 1:
             empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
-        # a chunk's noise depends on its index alone, and is one for all its frames, so that what is left of it doesn't flicker
+        # a chunk's noise depends on its index alone; all its frames share it, so that what is left of it doesn't flicker
         g = torch.Generator().manual_seed((request.seed << 20) + index)
         noise = torch.randn(1, 1, self.dit.config.channels, *grid, generator=g) * request.noise
         noise = noise.expand(-1, times.shape[1], -1, -1, -1)

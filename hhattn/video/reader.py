@@ -1,4 +1,4 @@
-"""Reads a picture: which words describe it, where its subject is and where on its panorama the camera stands.
+"""Reads a picture: which words describe it and where its subject is.
 
 Needed for image-to-video, where the words may be missing and the path must start where the picture has its subject.
 """
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from .codec import CHANNELS, SPACE
 from .text import SLOTS
-from .world.motion import CAMERA_PERIOD
 
-BINS = 96  # of the camera's turn
 _UNIT = 720
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Words by slot (colour, subject, scene), how sure of the least sure of them, and the pose ``[4]`` (x, y, angle,
-    camera)."""
+    """Words by slot (colour, subject, scene), how sure of the least sure of them, and the subject's x, y and angle
+    ``[3]``."""
 
     words: dict[str, str]
     confidence: float
@@ -41,13 +39,9 @@ class Reader(nn.Module):
         self.where = nn.Conv2d(dim, 1, 1)
         self.shift = nn.Conv2d(dim, 3, 1)  # offset within the cell (cells), angle
         self.words = nn.ModuleDict({k: nn.Linear(2 * dim, n) for k, n in self.sizes.items()})
-        self.strip = nn.Conv2d(dim, 12, 1)
-        self.columns = nn.Sequential(nn.Linear(12 * 4 * 40, 256), nn.SiLU())
-        self.bins, self.rest = nn.Linear(256, BINS), nn.Linear(256, BINS)
 
     def forward(self, z: Tensor) -> dict[str, Tensor]:
-        """``z [B, C, h, w]`` -> logits by slot, ``where [B, h·w]`` (log-probabilities), ``shift [B, 3, h·w]``,
-        ``bins``, ``rest``."""
+        """``z [B, C, h, w]`` -> logits by slot, ``where [B, h·w]`` (log-probabilities), ``shift [B, 3, h·w]``."""
         b, _, h, w = z.shape
         rows, cols = torch.arange(h, device=z.device) / 23, torch.arange(w, device=z.device) / 40
         turn = 2 * math.pi * cols
@@ -61,16 +55,8 @@ class Reader(nn.Module):
         flat = x.flatten(2)
         here = (flat * where.exp()[:, None]).sum(-1)
         both = torch.cat([here, flat.mean(-1)], -1)
-        # what stands in which column, in four bands of rows, tells the camera's place; narrower pictures are padded
-        bands = F.adaptive_avg_pool2d(F.silu(self.strip(x)), (4, w))
-        turned = self.columns(F.pad(bands, (0, 40 - w)).flatten(1))
         out = {k: head(both) for k, head in self.words.items()}
-        return out | {
-            "where": where,
-            "shift": self.shift(x).flatten(2),
-            "bins": self.bins(turned),
-            "rest": self.rest(turned),
-        }
+        return out | {"where": where, "shift": self.shift(x).flatten(2)}
 
     @torch.no_grad()
     def read(self, z: Tensor, margin: int = 8) -> Reading:
@@ -82,6 +68,4 @@ class Reader(nn.Module):
         row, col, angle = out["shift"][0, :, cell].tolist()
         x = (cell % w + 0.5 + col) * SPACE / _UNIT
         y = ((cell // w + 0.5 + row) * SPACE - margin) / _UNIT
-        bin_ = int(out["bins"][0].argmax())
-        camera = (bin_ + 0.5 + float(out["rest"][0, bin_])) * CAMERA_PERIOD / BINS
-        return Reading(words, sure, torch.tensor([x, y, angle, camera]))
+        return Reading(words, sure, torch.tensor([x, y, angle]))

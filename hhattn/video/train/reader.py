@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codec import SPACE, TIME, Codec
-from ..reader import BINS, Reader
-from ..world import CAMERA_PERIOD, SLOTS, Clip, render
+from ..reader import Reader
+from ..world import SLOTS, Clip, render
 from .data import MARGIN, load_codec, word_ids
 from .loop import run, save
 
@@ -33,20 +33,13 @@ def stills(codec: Codec, rng: random.Random, count: int) -> dict[str, Tensor]:
 
 
 def targets(words: Tensor, poses: Tensor, w: int = 40) -> dict[str, Tensor]:
-    """What the reader should say: word ids, the subject's cell and its place inside, the camera's bin and its place
-    inside."""
+    """What the reader should say: word ids, the subject's cell, its place inside and its angle."""
     x = poses[:, 0] * 720 / SPACE
     y = (poses[:, 1] * 720 + MARGIN) / SPACE
-    turn = torch.remainder(poses[:, 3], CAMERA_PERIOD) / CAMERA_PERIOD * BINS
     cell = y.long() * w + x.long()
     shift = torch.stack([y - y.floor() - 0.5, x - x.floor() - 0.5, poses[:, 2]], 1)
     ids = {k: words[:, list(SLOTS).index(k)] for k in ("color", "subject", "scene")}
-    return ids | {
-        "cell": cell,
-        "shift": shift,
-        "bin": turn.long().clamp(max=BINS - 1),
-        "rest": turn - turn.floor() - 0.5,
-    }
+    return ids | {"cell": cell, "shift": shift}
 
 
 def loss_of(model: Reader, z: Tensor, t: dict[str, Tensor]) -> Tensor:
@@ -55,13 +48,18 @@ def loss_of(model: Reader, z: Tensor, t: dict[str, Tensor]) -> Tensor:
     place = F.nll_loss(out["where"], t["cell"]) + 10 * F.smooth_l1_loss(
         out["shift"][rows, :, t["cell"]], t["shift"], beta=0.1
     )
-    camera = F.cross_entropy(out["bins"], t["bin"]) + 5 * F.smooth_l1_loss(
-        out["rest"][rows, t["bin"]], t["rest"], beta=0.1
-    )
-    return words + place + camera
+    return words + place
 
 
-def train(data: Path, out: Path, minutes: float, lr: float = 1e-3, seed: int = 0, every: float = 2.0) -> Reader:
+def train(
+    data: Path,
+    out: Path,
+    minutes: float,
+    lr: float = 1e-3,
+    seed: int = 0,
+    every: float = 2.0,
+    start_from: Path | None = None,
+) -> Reader:
     torch.manual_seed(seed)
     codec = load_codec(data)
     path = data / "stills.pt"
@@ -82,16 +80,20 @@ def train(data: Path, out: Path, minutes: float, lr: float = 1e-3, seed: int = 0
         for reading, words in zip(readings, held["words"], strict=True):
             for k in right:
                 right[k] += (reading.words[k] == SLOTS[k][int(words[list(SLOTS).index(k)])]) / len(readings)
-        error = torch.stack([r.pose for r in readings]) - held["poses"]
-        camera = (torch.remainder(error[:, 3] + CAMERA_PERIOD / 2, CAMERA_PERIOD) - CAMERA_PERIOD / 2).abs()
-        place = {
-            "x": error[:, 0].abs().median(),
-            "y": error[:, 1].abs().median(),
-            "angle": error[:, 2].abs().median(),
-            "camera": camera.median(),
-        }
-        return right | {k: float(v) for k, v in place.items()} | {"camera_lost": float((camera > 0.2).float().mean())}
+        error = (torch.stack([r.pose for r in readings]) - held["poses"][:, :3]).abs().median(0).values
+        return right | dict(zip(("x", "y", "angle"), error.tolist(), strict=True))
 
     model = Reader()
     optimizers = [torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)]
-    return run("reader", out, model, optimizers, step_loss, evaluate, minutes=minutes, seed=seed, every=every)
+    return run(
+        "reader",
+        out,
+        model,
+        optimizers,
+        step_loss,
+        evaluate,
+        minutes=minutes,
+        seed=seed,
+        every=every,
+        start_from=start_from,
+    )
