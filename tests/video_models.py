@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -91,6 +92,7 @@ def tensors_of(memory: Memory) -> list[Tensor]:
     return [t for t in held if t is not None]
 
 
+@cache
 def untrained_codec() -> Codec:
     """A fitted encoder and a decoder with random weights."""
     torch.manual_seed(0)
