@@ -176,7 +176,7 @@ class Pipeline:
         empty = None
         if request.guidance != 1:
             empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
-        # a chunk's noise depends on its index alone; all its frames share it, so that what is left of it doesn't flicker
+        # a chunk's noise depends on its index alone; its frames share it, so that what is left of it is steady
         g = torch.Generator().manual_seed((request.seed << 20) + index)
         noise = torch.randn(1, 1, self.dit.config.channels, *grid, generator=g) * request.noise
         noise = noise.expand(-1, times.shape[1], -1, -1, -1)
