@@ -13,7 +13,7 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -147,15 +147,38 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(columns[slot][i] for slot in SLOTS) for i in range(count)]
 
 
+def plot(clips: list[dict[str, Any]], path: Path) -> None:
+    """The subject's box against time, a line a clip, between what the trivial baselines reach."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for clip in clips:
+        axes.plot([f["seconds"] for f in clip["at"]], [f["box"] for f in clip["at"]], marker="o", label=clip["prompt"])
+    for name, label in (("box_wrong_color", "wrong colour"), ("box_no_subject", "no subject")):
+        mean = sum(f[name] for c in clips for f in c["at"]) / sum(len(c["at"]) for c in clips)
+        axes.axhline(mean, linestyle="--", color="grey")
+        axes.text(0, mean + 0.1, label, color="grey")
+    axes.set(xlabel="seconds into the clip", ylabel="PSNR inside the subject's box, dB")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main(
     count: Annotated[int, typer.Option("--prompts", help="How many prompts.")] = 8,
     seconds: float = 60.0,
     steps: int = 1,
     weights: Annotated[Path | None, typer.Option(help="Folder of weights; default: the package's.")] = None,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("out/evaluation.json"),
+    picture: Annotated[Path | None, typer.Option("--plot", help="PNG to draw; needs matplotlib.")] = None,
 ) -> None:
-    """Figures at 1, 5, 15, 30 and 60 s for several prompts, as JSON and as a table."""
-    pipeline, rows = Pipeline(weights), []
+    """Figures at 1, 5, 15, 30 and 60 s for several prompts, as JSON and as a plot."""
+    pipeline = Pipeline(weights)
+    rows: list[dict[str, Any]] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
     for i, prompt in enumerate(track(prompts(count), description="clips")):
         request = Request(prompt, seconds=seconds, steps=steps, seed=i)
         figures, steady = measure(pipeline, request)
@@ -165,5 +188,6 @@ def main(
             f"{prompt:40} box {last['box']:.1f} dB; no subject {last['box_no_subject']:.1f}, "
             f"wrong colour {last['box_wrong_color']:.1f}"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))
+        out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))  # what is done is kept
+    if picture is not None:
+        plot(rows, picture)
