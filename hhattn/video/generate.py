@@ -49,6 +49,8 @@ class Request:
             raise ValueError(f"size={self.size!r}; accepted: {', '.join(SIZES)}")
         if not 8 <= self.fps <= 32:
             raise ValueError(f"fps={self.fps}; accepted: 8 to 32 (the model was trained at 16)")
+        if not 0 <= self.seed < 2**40:
+            raise ValueError(f"seed={self.seed}; accepted: 0 to {2**40 - 1}")
         if not 1 <= self.steps <= 100:
             raise ValueError(f"steps={self.steps}; accepted: 1 to 100")
         if not 0 <= self.guidance <= 20:
