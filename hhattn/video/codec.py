@@ -98,10 +98,13 @@ class Decoder(nn.Module):
         self.pixel_1, self.pixel_2 = nn.Conv2d(thin, 96, 1), nn.Conv2d(96, 3 * 64, 1)
         zero(self.pixel_2)
 
+    def features(self, z: Tensor) -> Tensor:
+        """What the temporal mixing sees of each latent frame: ``[B, T, C, h, w]`` -> ``[B, T, c, h, w]``."""
+        return self.res_1(self.stem(z.flatten(0, 1))).unflatten(0, z.shape[:2])
+
     def forward(self, z: Tensor, coarse: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         b, t = z.shape[:2]
-        x = self.res_1(self.stem(z.flatten(0, 1)))
-        y, past = self.time(x.unflatten(0, (b, t)), past)
+        y, past = self.time(self.features(z), past)
         x = self.up_1(self.res_2(y.flatten(0, 1)))
         x = F.pixel_shuffle(x.unflatten(1, (TIME, -1)).flatten(0, 1), 2)
         x = F.pixel_shuffle(self.up_2(self.res_3(x)), 2) + self.look(F.pixel_unshuffle(coarse.flatten(0, 1), 2))
@@ -173,6 +176,10 @@ class Codec(nn.Module):
         coarse = self.decode_linear(z)
         fine, past = self.decoder(z, coarse, past)
         return F.interpolate(coarse.flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine) + fine, past
+
+    def skip(self, z: Tensor) -> DecoderState:
+        """The state after decoding ``z`` (two latent frames or more), without making its pictures."""
+        return DecoderState(self.decoder.features(z[:, -2:]))
 
     def decode(self, z: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """Decode the next latent frames. A clip's first call returns 1 + 4(T - 1) frames, later calls 4T."""

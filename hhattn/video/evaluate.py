@@ -111,19 +111,31 @@ class Steadiness:
 
 
 def measure(pipeline: Pipeline, request: Request, marks: tuple[float, ...] = MARKS) -> tuple[list[Figures], Steadiness]:
-    """Generate one clip, judge the last frame at each mark, and the steadiness over all."""
+    """Generate one clip; judge the frame at each mark, and the steadiness round the marks. Only those chunks are
+    decoded."""
     words = pipeline.understand(request).words
-    figures, border, inside, path, last, shown = [], [], [], [], None, 0
+    figures: list[Figures] = []
+    border: list[float] = []
+    inside: list[float] = []
+    path: list[Tensor] = []
+    last: Tensor | None = None
+    shown = 0
     left = [m for m in marks if m <= request.seconds]
-    for chunk in pipeline.stream(request):
+    latent, first = TIME * pipeline.dit.config.chunk, TIME * pipeline.dit.config.chunk + 1
+    ends = {max(0, math.ceil((m * request.fps - first) / latent)) for m in left}  # the chunks that the marks end in
+    for chunk in pipeline.stream(request, wanted=lambda index: index in ends or index + 1 in ends):
+        shown += min(latent + (chunk.index == 0), request.frames - shown)
+        pose = chunk.poses.flatten(0, 1)
+        pose = pose[TIME - 1 :] if chunk.index == 0 else pose
+        path.append(pose[:, :2])
+        if not len(chunk.frames):
+            last = None
+            continue
         frames = torch.nn.functional.avg_pool2d(chunk.frames.permute(0, 3, 1, 2).float() / 255, STRIDE)
         if last is not None:
             border.append(float((frames[0] - last).abs().mean()))
         inside += (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).tolist()
-        last, shown = frames[-1], shown + len(frames)
-        pose = chunk.poses.flatten(0, 1)[-TIME * len(chunk.latents[0]) :]
-        pose = pose[TIME - 1 :] if chunk.index == 0 else pose
-        path.append(pose[: len(frames), :2])
+        last = frames[-1]
         if left and shown / request.fps >= left[0] - 1e-6:
             left.pop(0)
             figures.append(judge(last, words, pose[len(frames) - 1], (shown - 1) / request.fps))

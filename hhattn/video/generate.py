@@ -1,13 +1,13 @@
 """Words (and a picture) -> video, chunk by chunk: path -> denoise -> commit -> decode -> hand over -> forget.
 
 Memory does not depend on the clip's length: the model keeps its :class:`~hhattn.video.model.Memory`, the decoder two
-feature maps, the prior 24 seconds of knots, and pixels leave as soon as they are made.
+feature maps, the prior a hundred seconds of knots, and pixels leave as soon as they are made.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from .codec import SPACE, TIME, Codec, DecoderState
 from .model import Memory, VideoDiT
 from .presets import SIZES, Size
-from .prior import KNOT_SECONDS, MotionPrior, Sampling, interpolate
+from .prior import CONTEXT, KNOT_SECONDS, MotionPrior, Sampling, interpolate
 from .reader import Reader
 from .sampler import START, sample_chunk
 from .text import Prompt, parse
@@ -94,8 +94,11 @@ class Pipeline:
         return self.codec.encode(padded[None])[0]
 
     @torch.no_grad()
-    def stream(self, request: Request, picture: Tensor | None = None) -> Iterator[Chunk]:
-        """Generate chunk after chunk. ``picture [3, H, W]`` (of the size's native height and width) becomes frame 0."""
+    def stream(
+        self, request: Request, picture: Tensor | None = None, wanted: Callable[[int], bool] = lambda index: True
+    ) -> Iterator[Chunk]:
+        """Generate chunk after chunk. ``picture [3, H, W]`` (of the size's native height and width) becomes frame 0.
+        Chunks whose index is not ``wanted`` are generated but not decoded: they come without frames."""
         size, prompt = SIZES[request.size], self.understand(request, picture)
         words = prompt.ids()[None]
         first = None if picture is None else self._encode(picture, size)
@@ -106,24 +109,30 @@ class Pipeline:
         memory: Memory | None = None
         decoder: DecoderState | None = None
         chance = torch.Generator().manual_seed(request.seed)
-        done, index, start = 0, 0, 0
+        done, index, start, dropped = 0, 0, 0, 0
         while done < request.frames:
             clock = Stopwatch()
             count = self.dit.config.chunk + (index == 0)
             times = self._times(start, count, request.fps)
-            knots = self._extend(knots, float(times[-1, -1]), words, request.sampling, chance)
-            poses = interpolate(knots, times.flatten()).view(1, count, TIME, 4)
+            past = dropped * KNOT_SECONDS
+            knots = self._extend(knots, float(times[-1, -1]) - past, words, request.sampling, chance)
+            poses = interpolate(knots, times.flatten() - past).view(1, count, TIME, 4)
             poses[..., 0] *= size.aspect / (16 / 9)
             clock.lap("motion")
             latents, memory = self._denoise(
                 request, words, times[None], poses, memory, index, size, first if index == 0 else None
             )
             clock.lap("denoise")
-            frames, decoder = self._decode(latents, decoder, size)
-            frames = frames[: request.frames - done]
+            made = min(count * TIME - (TIME - 1 if index == 0 else 0), request.frames - done)
+            if wanted(index):
+                frames, decoder = self._decode(latents, decoder, size)
+            else:
+                frames, decoder = torch.empty(0, *size.output, 3, dtype=torch.uint8), self.codec.skip(latents)
             clock.lap("decode")
-            yield Chunk(index, frames, latents, poses[0], clock.laps)
-            done, index, start = done + len(frames), index + 1, start + count
+            yield Chunk(index, frames[:made], latents, poses[0], clock.laps)
+            done, index, start = done + made, index + 1, start + count
+            if knots.shape[1] > 4 * CONTEXT:  # the prior looks back 2·CONTEXT knots; older ones are forgotten
+                knots, dropped = knots[:, CONTEXT:], dropped + CONTEXT
 
     def _settle(self, first: Tensor, words: Tensor, size: Size) -> Tensor:
         """The pose ``[4]`` of a picture: the subject's place as read, and the camera's place under which the
