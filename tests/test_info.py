@@ -23,13 +23,15 @@ ROOT = Path(hhattn.__file__).parents[1]
 # Packages in BLOCK are as good as not installed.
 BLOCKER = """
 import sys
-from importlib.machinery import PathFinder
-class Installed(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
+class Installed:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
         blocked = name in BLOCK or name.split(".")[0] in BLOCK
-        return None if blocked else PathFinder.find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+        return None if blocked else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Installed, sys.meta_path)
 """
 
 
