@@ -34,9 +34,9 @@ def block_sparse_attention(
 
         s_ij = scale · q_i·k_j      lse_i = log Σ_j exp(s_ij)      out_i = Σ_j exp(s_ij - lse_i) v_j
 
-    Work and memory grow with the blocks that the mask touches; no Sq x Sk array is made, forward or backward. Softmax and
-    sums are float32. A query that attends nothing gets out 0, lse -inf, and no gradient. What stands at masked positions
-    doesn't matter, infinities and NaNs included. Gradients are the same bits every time.
+    Work and memory grow with the blocks that the mask touches; no Sq x Sk array is made, forward or backward. Softmax
+    and sums are float32. A query that attends nothing gets out 0, lse -inf, and no gradient. What stands at masked
+    positions doesn't matter, infinities and NaNs included. Gradients are the same bits every time.
 
     Args:
         q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; D, Dv ≤ 256, H a multiple of H_kv. float32, float16
@@ -45,7 +45,8 @@ def block_sparse_attention(
         mask: for Sq queries and Sk keys; batch B or 1, heads H or 1.
         scale: of the scores; None is 1 / sqrt(D).
         return_lse: also return lse [B, H, Sq], natural logarithm, float32 (float64 for float64). It is differentiable.
-        order: the order q, k, v are in, "raster" or "tile"; out and lse come in the same. None is the mask's own. Another
+        order: the order q, k, v are in, "raster" or "tile"; out and lse come in the same. None is the mask's own.
+        Another
             than the mask's needs a mask made from a :class:`hhattn.VideoLayout`, which converts on the way in and out.
         impl: "reference", ...; None chooses.
 

@@ -9,12 +9,13 @@ and backward, with o = out_i, do = ∂L/∂out_i, dl = ∂L/∂lse_i::
     ds_ij = p_ij (do_i·v_j - do_i·o_i + dl_i)
     dq_i = scale Σ_j ds_ij k_j      dk_j = scale Σ_i ds_ij q_i      dv_j = Σ_i p_ij do_i
 
-Only touched blocks are computed. Query blocks with about as many key blocks are taken together: their keys are gathered,
-and two batched matrix products with a running softmax between them do the rest. Scores in flight are bounded by
-:data:`SCORES`, whatever the length; nothing is expanded over heads that share a mask, nor keys over the heads of a group.
+Only touched blocks are computed. Query blocks with about as many key blocks are taken together: their keys are
+gathered, and two batched matrix products with a running softmax between them do the rest. Scores in flight are
+bounded by :data:`SCORES`, whatever the length; nothing is expanded over heads that share a mask, nor keys over the
+heads of a group.
 
-A masked pair has weight exactly 0 and never meets what stands at the other end: infinities and NaNs are taken out of every
-product that such a pair is part of, and put back where the weight isn't 0.
+A masked pair has weight exactly 0 and never meets what stands at the other end: infinities and NaNs are taken out of
+every product that such a pair is part of, and put back where the weight isn't 0.
 """
 
 from __future__ import annotations
@@ -229,12 +230,13 @@ def _heads(lists: Lists, batch: int, rep: int, n_kv: int) -> Iterator[_Head]:
                 slice(b, b + 1) if masks > 1 else slice(0, batch),
                 slice(h // rep, h // rep + 1) if heads > 1 else slice(0, n_kv),
                 slice(h % rep, h % rep + 1) if heads > 1 else slice(0, rep),
-                Lists(*(x[b, h] for x in lists[:5]), lists.tiles),
+                lists._replace(**{name: getattr(lists, name)[b, h] for name in Lists._fields[:5]}),
             )
 
 
 def _chunks(lists: Lists, rows_each: int, bk: int) -> Iterator[_Chunk]:
-    """Cut one entry of the mask into steps. A query block stands for ``rows_each`` rows of scores over all its heads."""
+    """Cut one entry of the mask into steps. A query block stands for ``rows_each`` rows of scores over all its
+    heads."""
     counts = lists.kv_num_blocks + lists.full_kv_num_blocks
     step = 1 << ((counts // _PADDING).clamp(min=1).float().log2().floor().int())
     widths = (counts + step - 1) // step * step
@@ -247,14 +249,14 @@ def _chunks(lists: Lists, rows_each: int, bk: int) -> Iterator[_Chunk]:
 
 
 def _steps(lists: Lists, rows: Tensor, width: int, limit: int, bk: int) -> Iterator[_Chunk]:
-    """``rows`` with lists of at most ``width`` key blocks, ``limit`` of them at a time. Each list is written as padding,
-    partial blocks, full blocks; so bits are needed for its beginning only."""
+    """``rows`` with lists of at most ``width`` key blocks, ``limit`` of them at a time. Each list is written as
+    padding, partial blocks, full blocks; so bits are needed for its beginning only."""
     n_tiles, n_partial = len(lists.tiles), lists.kv_indices.shape[1]
     partial, full = lists.kv_num_blocks[rows, None], lists.full_kv_num_blocks[rows, None]
     place = torch.arange(width, device=rows.device) - (width - partial - full)
     entry = torch.where(place < partial, place, place - partial + n_partial).clamp(min=0)
     columns = torch.cat([lists.kv_indices[rows], lists.full_kv_indices[rows]], 1).gather(1, entry)
-    # beyond the table stand a tile of zeros, for padding, and one of ones, for full blocks that a neighbour's bits cover
+    # beyond the table: a tile of zeros, for padding, and one of ones, for full blocks that a neighbour's bits cover
     tiles = torch.nn.functional.pad(lists.kv_tiles[rows], (0, lists.full_kv_indices.shape[1]), value=n_tiles + 1)
     tiles = tiles.gather(1, entry).masked_fill(place < 0, n_tiles)
     columns = columns.masked_fill(place < 0, 0)

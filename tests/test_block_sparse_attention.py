@@ -1,0 +1,207 @@
+"""Block-sparse attention: the same numbers as SDPA with the dense mask, gradients and lse included, whatever the mask."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_fp64, randn, strided
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hhattn
+from hhattn import BlockMask, masks
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def dense_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The definition in the dtype of its inputs: out [B, S, H, D], lse [B, H, S]. ``keep [B|1, H|1, Sq, Sk]``."""
+    rep = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(rep, 2) for x in (k, v))
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = s.masked_fill(~keep, -math.inf)
+    lse = s.logsumexp(-1)
+    p = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    return torch.einsum("bhqk,bkhd->bqhd", p, v), lse
+
+
+def random_keep(*shape: int, share: float = 0.3, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("b", "sq", "sk", "h", "h_kv", "d", "dv"),
+    [(1, 70, 70, 2, 2, 40, 40), (2, 33, 95, 4, 2, 64, 24), (1, 1, 50, 1, 1, 112, 112), (1, 65, 65, 3, 1, 256, 16)],
+)
+def test_forward_and_gradients(
+    dtype: torch.dtype, b: int, sq: int, sk: int, h: int, h_kv: int, d: int, dv: int
+) -> None:
+    keep = random_keep(1, 1, sq, sk)
+    keep[..., 0] = True
+    mask = BlockMask.from_dense(keep, block_size=(32, 16))
+    inputs = [
+        randn(*shape, dtype=dtype, seed=i)
+        for i, shape in enumerate([(b, sq, h, d), (b, sk, h_kv, d), (b, sk, h_kv, dv)])
+    ]
+    grad = randn(b, sq, h, dv, dtype=dtype, seed=9)
+    results = {}
+    for name, cast in (("ours", dtype), ("expected", torch.float64), ("baseline", dtype)):
+        leaves = [x.to(cast).requires_grad_() for x in inputs]
+        if name == "ours":
+            out = hhattn.block_sparse_attention(*leaves, mask)
+        else:
+            out, _ = dense_formula(*leaves, keep)
+        results[name] = [out, *torch.autograd.grad(out, leaves, grad.to(cast))]
+    for i, part in enumerate(("out", "dq", "dk", "dv")):
+        ours, expected, baseline = (results[n][i] for n in ("ours", "expected", "baseline"))
+        assert_close_to_fp64(ours, expected, baseline, factor=2 if i == 0 else 3, ulps=8, name=part)
+
+
+def test_equals_sdpa_with_a_dense_mask() -> None:
+    q, k, v = (randn(2, 90, 3, 32, seed=i) for i in range(3))
+    mask = BlockMask.from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=(64, 64), q_len=90, k_len=90)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(hhattn.block_sparse_attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck_with_lse() -> None:
+    keep = random_keep(1, 2, 9, 11, share=0.5)
+    keep[:, :, 4] = False
+    keep[:, :, 5] = True
+    mask = BlockMask.from_dense(keep, block_size=(4, 8))
+    leaves = [randn(1, n, 2, 5, dtype=torch.float64, seed=i).requires_grad_() for i, n in enumerate((9, 11, 11))]
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = hhattn.block_sparse_attention(q, k, v, mask, return_lse=True)
+        return out, lse[:, :, keep[0].any(-1).all(0)]  # an empty row's lse is -inf and has no gradient to check
+
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+def test_empty_rows_give_zero_minus_infinity_and_no_gradient() -> None:
+    keep = random_keep(1, 1, 40, 40)
+    keep[..., 7, :] = False
+    keep[..., 32:, :] = False  # a whole block of rows
+    q, k, v = (randn(1, 40, 2, 16, seed=i).requires_grad_() for i in range(3))
+    out, lse = hhattn.block_sparse_attention(q, k, v, BlockMask.from_dense(keep, block_size=(8, 8)), return_lse=True)
+    empty = ~keep[0, 0].any(-1)
+    assert (out[:, empty] == 0).all()
+    assert (lse[:, :, empty] == -math.inf).all()
+    assert lse[:, :, ~empty].isfinite().all()
+    dq, dk, dv = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert (dq[:, empty] == 0).all()
+    assert all(g.isfinite().all() for g in (dq, dk, dv))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_stands_at_masked_positions_does_not_matter(poison: float) -> None:
+    keep = random_keep(1, 1, 50, 60, share=0.6)
+    keep[..., [3, 40]] = False
+    mask = BlockMask.from_dense(keep, block_size=(16, 16))
+    q, k, v = (randn(1, n, 2, 8, seed=i) for i, n in enumerate((50, 60, 60)))
+    clean = [x.clone().requires_grad_() for x in (q, k, v)]
+    k[:, [3, 40]], v[:, [3, 40]] = poison, poison
+    dirty = [x.clone().requires_grad_() for x in (q, k, v)]
+    outs = [hhattn.block_sparse_attention(*x, mask) for x in (clean, dirty)]
+    torch.testing.assert_close(outs[1], outs[0])
+    grads = [torch.autograd.grad(o.sum(), x) for o, x in zip(outs, (clean, dirty), strict=True)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+def test_strided_inputs_scale_and_lse() -> None:
+    keep = random_keep(2, 3, 37, 41)
+    keep[..., 0] = True
+    mask = BlockMask.from_dense(keep, block_size=(16, 32))
+    q, k, v = (randn(2, n, 3, 24, seed=i) for i, n in enumerate((37, 41, 41)))
+    out, lse = hhattn.block_sparse_attention(*(strided(x) for x in (q, k, v)), mask, scale=0.3, return_lse=True)
+    expected, expected_lse = dense_formula(q.double(), k.double(), v.double(), keep, 0.3)
+    baseline, baseline_lse = dense_formula(q, k, v, keep, 0.3)
+    assert_close_to_fp64(out, expected, baseline)
+    assert lse.dtype == torch.float32
+    assert_close_to_fp64(lse, expected_lse, baseline_lse)
+
+
+def test_order_is_converted() -> None:
+    layout = hhattn.VideoLayout(3, 7, 9, tile=(1, 4, 4))
+    raster = masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16))
+    tiles = masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16), order="tile")
+    q, k, v = (randn(1, layout.seq_len, 2, 16, seed=i) for i in range(3))
+    expected = hhattn.block_sparse_attention(q, k, v, raster)
+    torch.testing.assert_close(hhattn.block_sparse_attention(q, k, v, tiles, order="raster"), expected)
+    moved = hhattn.block_sparse_attention(*(layout.to_tiles(x) for x in (q, k, v)), tiles)
+    torch.testing.assert_close(layout.from_tiles(moved), expected)
+
+
+def test_gradients_are_the_same_bits_every_time() -> None:
+    mask = BlockMask.from_dense(random_keep(1, 1, 100, 100), block_size=(16, 16))
+    leaves = [randn(1, 100, 2, 16, seed=i).requires_grad_() for i in range(3)]
+    first, second = (
+        torch.autograd.grad(hhattn.block_sparse_attention(*leaves, mask).square().sum(), leaves) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiles_as_one_graph_and_under_autocast() -> None:
+    mask = BlockMask.from_dense(random_keep(1, 1, 48, 48), block_size=(16, 16))
+    leaves = [randn(1, 48, 2, 16, seed=i).requires_grad_() for i in range(3)]
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return hhattn.block_sparse_attention(q * 2, k, v, mask).square().sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hhattn.block_sparse_attention(*leaves, mask).dtype == torch.bfloat16
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sq=st.integers(1, 70),
+    sk=st.integers(1, 70),
+    bq=st.sampled_from([4, 16, 24]),
+    bk=st.sampled_from([8, 16, 40]),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_mask(sq: int, sk: int, bq: int, bk: int, share: float, seed: int) -> None:
+    keep = random_keep(1, 2, sq, sk, share=share, seed=seed)
+    q, k, v = (randn(1, n, 2, 8, seed=seed + i) for i, n in enumerate((sq, sk, sk)))
+    out, lse = hhattn.block_sparse_attention(q, k, v, BlockMask.from_dense(keep, block_size=(bq, bk)), return_lse=True)
+    expected, expected_lse = dense_formula(q, k, v, keep)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q": torch.zeros(1, 8, 3, 4)}, "heads"),
+        ({"k": torch.zeros(1, 9, 2, 4)}, "k"),
+        ({"impl": "triton"}, "triton"),
+        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "BlockMask"),
+    ],
+)
+def test_refusals_name_the_argument(change: dict[str, object], words: str) -> None:
+    arguments = {name: torch.zeros(1, 8, 2, 4) for name in ("q", "k", "v")}
+    call = arguments | {"mask": BlockMask.from_dense(torch.ones(1, 1, 8, 8, dtype=torch.bool), block_size=(8, 8))}
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=words):
+        hhattn.block_sparse_attention(**(call | change))
+
+
+@pytest.mark.slow
+def test_a_long_clip_never_makes_sq_by_sk() -> None:
+    layout = hhattn.VideoLayout(64, 23, 40, tile=(1, 4, 8))
+    mask = masks.sliding_tile(layout, (3, 3, 3), order="tile")
+    q, k, v = (randn(1, layout.seq_len, 1, 32, seed=i).requires_grad_() for i in range(3))
+    out = hhattn.block_sparse_attention(q, k, v, mask)
+    out.sum().backward()
+    assert layout.seq_len == 58_880
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))

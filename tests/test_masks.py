@@ -1,0 +1,160 @@
+"""Masks: every builder equals its token-by-token definition on any grid, and masks combine and convert exactly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hhattn import BlockMask, VideoLayout, masks
+
+Rule = Callable[[tuple[int, int, int], tuple[int, int, int]], bool]
+
+
+def brute_force(layout: VideoLayout, rule: Rule) -> Tensor:
+    """[S, S] over video tokens in raster order; text tokens attend nothing."""
+    keep = torch.zeros(layout.seq_len, layout.seq_len, dtype=torch.bool)
+    t, h, w = layout.grid
+    where = [(a, b, c) for a in range(t) for b in range(h) for c in range(w)]
+    start = layout.video_slice.start
+    for i, p in enumerate(where):
+        for j, q in enumerate(where):
+            keep[start + i, start + j] = rule(p, q)
+    return keep
+
+
+def clamped(p: int, q: int, size: int, tile: int, window: int) -> bool:
+    """Sliding tile attention along one axis, as its paper draws it."""
+    count = -(-size // tile)
+    if window >= count:
+        return True
+    first = min(max(p // tile - (window - 1) // 2, 0), count - window)
+    return first <= q // tile < first + window
+
+
+layouts = st.builds(
+    VideoLayout,
+    frames=st.integers(1, 4),
+    height=st.integers(1, 5),
+    width=st.integers(1, 6),
+    tile=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),
+    text_len=st.integers(0, 5),
+    text_first=st.booleans(),
+)
+orders = st.sampled_from(["raster", "tile"])
+blocks = st.sampled_from([(8, 8), (16, 4), (5, 7)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, order=orders, block=blocks, window=st.tuples(*[st.integers(1, 3)] * 3))
+def test_sliding_tile(layout: VideoLayout, order: str, block: tuple[int, int], window: tuple[int, int, int]) -> None:
+    def rule(p: tuple[int, int, int], q: tuple[int, int, int]) -> bool:
+        axes = zip(p, q, layout.grid, layout.tile, window, strict=True)
+        return all(clamped(*axis) for axis in axes)
+
+    mask = masks.sliding_tile(layout, window, block_size=block, order=order)
+    assert torch.equal(mask.to_dense(order="raster")[0, 0], brute_force(layout, rule))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, order=orders, block=blocks, n=st.integers(0, 3))
+def test_frame_patterns(layout: VideoLayout, order: str, block: tuple[int, int], n: int) -> None:
+    rules: dict[str, tuple[BlockMask, Rule]] = {
+        "window": (
+            masks.frame_window(layout, n, block_size=block, order=order),
+            lambda p, q: abs(p[0] - q[0]) <= n,
+        ),
+        "sink": (masks.sink(layout, n, block_size=block, order=order), lambda p, q: q[0] < n),
+        "causal": (
+            masks.block_causal(layout, n + 1, block_size=block, order=order),
+            lambda p, q: q[0] // (n + 1) <= p[0] // (n + 1),
+        ),
+    }
+    for name, (mask, rule) in rules.items():
+        assert torch.equal(mask.to_dense(order="raster")[0, 0], brute_force(layout, rule)), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=layouts, order=orders, block=blocks)
+def test_dense_and_text(layout: VideoLayout, order: str, block: tuple[int, int]) -> None:
+    assert masks.dense(layout, block_size=block, order=order).to_dense().all()
+    text = torch.zeros(layout.seq_len, dtype=torch.bool)
+    text[layout.text_slice] = True
+    got = masks.text(layout, block_size=block, order=order).to_dense(order="raster")[0, 0]
+    assert torch.equal(got, text[:, None] | text[None, :])
+
+
+@settings(max_examples=40, deadline=None)
+@given(sq=st.integers(1, 40), sk=st.integers(1, 40), block=blocks, seed=st.integers(0, 99))
+def test_conversions_and_algebra_are_exact(sq: int, sk: int, block: tuple[int, int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.rand(1, 2, sq, sk, generator=g) < 0.4 for _ in range(2))
+    ma, mb = (BlockMask.from_dense(x, block_size=block) for x in (a, b))
+    assert torch.equal(ma.to_dense(), a)
+    assert torch.equal((ma & mb).to_dense(), a & b)
+    assert torch.equal((ma | mb).to_dense(), a | b)
+    assert torch.equal((~ma).to_dense(), ~a)
+    assert ma.density == pytest.approx(float(a.float().mean()))
+
+
+def test_from_blocks_covers_ragged_ends() -> None:
+    kept = torch.tensor([[True, False, True], [False, True, True]])
+    mask = BlockMask.from_blocks(kept[None, None], block_size=(8, 4), q_len=11, k_len=10)
+    expected = kept.repeat_interleave(8, 0).repeat_interleave(4, 1)[:11, :10]
+    assert torch.equal(mask.to_dense()[0, 0], expected)
+
+
+def test_equals_flex_attentions_own_dense_form() -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    layout = VideoLayout(3, 6, 7, tile=(1, 3, 3))
+    mask = masks.sliding_tile(layout, (3, 1, 3)) & masks.frame_window(layout, 1)
+    flex = mask.to_flex()
+    n = layout.seq_len
+    assert torch.equal(create_mask(flex.mask_mod, 1, 1, n, n, device="cpu"), mask.to_dense())
+    assert torch.equal(BlockMask.from_flex(flex).to_dense(), mask.to_dense())
+
+
+def test_queries_of_a_chunk_and_keys_that_a_cache_holds() -> None:
+    layout = VideoLayout(6, 4, 5, tile=(1, 2, 2))
+    whole = masks.frame_window(layout, 2).to_dense()[0, 0].view(6, 20, 6, 20)
+    part = masks.frame_window(layout, 2, q_frames=[4, 5], k_frames=[0, 3, 4, 5])
+    expected = whole[[4, 5]][:, :, [0, 3, 4, 5]].reshape(40, 80)
+    assert torch.equal(part.to_dense()[0, 0], expected)
+
+
+def test_a_minute_at_720p_builds_in_a_second_and_tens_of_megabytes() -> None:
+    layout = VideoLayout(240, 23, 40, tile=(4, 4, 4))
+    assert layout.seq_len == 220_800
+    builders: dict[str, Callable[[], BlockMask]] = {
+        "sliding_tile": lambda: masks.sliding_tile(layout, (3, 3, 3), order="tile"),
+        "frame_window": lambda: masks.frame_window(layout, 4),
+        "block_causal": lambda: masks.block_causal(layout, 4),
+        "sink": lambda: masks.sink(layout, 1),
+    }
+    for name, build in builders.items():
+        best = min(timed(build) for _ in range(2))
+        assert best < 4.0, f"{name} took {best:.1f} s"  # the aim is a second on an idle machine; tests share theirs
+        assert build().nbytes < 128e6, name
+
+
+def timed(build: Callable[[], BlockMask]) -> float:
+    start = time.perf_counter()
+    build()
+    return time.perf_counter() - start
+
+
+def test_plots_and_refusals() -> None:
+    layout = VideoLayout(2, 4, 4)
+    assert masks.dense(layout).plot() is not None
+    with pytest.raises(ValueError, match="window"):
+        masks.sliding_tile(layout, (1, 0, 1))
+    with pytest.raises(ValueError, match="frames_per_chunk"):
+        masks.block_causal(layout, 0)
+    with pytest.raises((ValueError, TypeError)):
+        masks.dense(layout) & masks.dense(VideoLayout(2, 4, 5))
