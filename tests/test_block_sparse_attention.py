@@ -1,4 +1,4 @@
-"""Block-sparse attention: the same numbers as SDPA with the dense mask, gradients and lse included, whatever the mask."""
+"""Block-sparse attention: the numbers of the dense formula, gradients and lse included, whatever the mask."""
 
 from __future__ import annotations
 
@@ -160,6 +160,15 @@ def test_compiles_as_one_graph_and_under_autocast() -> None:
         torch.testing.assert_close(a, b)
     with torch.autocast("cpu", torch.bfloat16):
         assert hhattn.block_sparse_attention(*leaves, mask).dtype == torch.bfloat16
+
+
+def test_opcheck() -> None:
+    mask = BlockMask.from_dense(random_keep(1, 1, 20, 24), block_size=(8, 8))
+    q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((20, 24, 24)))
+    names = ("kv_num_blocks", "kv_indices", "kv_tiles", "full_kv_num_blocks", "full_kv_indices", "tiles")
+    lists = [getattr(mask, name) for name in names]
+    hhattn.block_sparse_attention(q, k, v, mask)  # registers the operator
+    torch.library.opcheck(torch.ops.hhattn.block_sparse_attention_reference.default, (q, k, v, *lists, 8, 0.3))
 
 
 @settings(max_examples=40, deadline=None)
