@@ -95,6 +95,7 @@ def test_install_where_torch_is(tmp_path: Path, python_with_torch: Path) -> None
     files = run(python_with_torch, "-m", "pip", "show", "-f", "hhattn")
     assert "hhattn/py.typed" in files
     assert "tests/" not in files
+    assert all(f"hhattn/video/weights/{p.name}" in files for p in ROOT.glob("hhattn/video/weights/*.safetensors"))
 
 
 @pytest.mark.slow

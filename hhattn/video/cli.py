@@ -58,9 +58,9 @@ def generate(
             prompt = DEMO_PROMPT if image is None else ""
         request = Request(prompt, seconds, size, fps, seed, steps, guidance, noise, Sampling(temperature, top_k, top_p))
         picture = None if image is None else read_picture(image, *SIZES[size].native)
-        check_writable(output)
         if prompt:
             parse(prompt, seed)
+        check_writable(output)
         pipeline = Pipeline()
         words = pipeline.understand(request, picture)
     except (ValueError, FileNotFoundError) as e:
