@@ -1,0 +1,116 @@
+"""block_linear_attention as its recurrence, one token after another, and seeded float64 arguments for it."""
+
+from __future__ import annotations
+
+import torch
+from helpers import randn
+from torch import Tensor
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs of x [..., D] one by one."""
+    pairs = []
+    for i in range(0, x.shape[-1], 2):
+        c, s = cos[..., i], sin[..., i]
+        pairs += [x[..., i] * c - x[..., i + 1] * s, x[..., i] * s + x[..., i + 1] * c]
+    return torch.stack(pairs, -1)
+
+
+MAPS = {
+    "relu": lambda x: x.clamp(min=0),
+    "identity": lambda x: x,
+    "elu1": lambda x: torch.where(x > 0, x + 1, x.exp()),
+    "relu2": lambda x: x.clamp(min=0) ** 2,
+    "softmax": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+}
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: list[int],
+    *,
+    rope: tuple[Tensor, Tensor] | None = None,
+    feature_map: str = "relu",
+    numerator_map: str | None = None,
+    key_gate: Tensor | None = None,
+    decay: Tensor | None = None,
+    normalize: bool = True,
+    eps: float = 1e-15,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence, one token after another, in the dtype of q: (out, kv, k_sum)."""
+    batch, _, heads, dim = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[2], 2) for x in (k, v))
+    phi, psi = MAPS[feature_map], MAPS[numerator_map or feature_map]
+    kv, k_sum = q.new_zeros(batch, heads, dim, v.shape[3]), q.new_zeros(batch, heads, dim)
+    if initial_state is not None:
+        kv, k_sum = initial_state
+    out, first = [], 0
+    for chunk, length in enumerate(lens):
+        if decay is not None:
+            factor = decay if decay.ndim == 1 else decay[:, chunk]
+            kv, k_sum = kv * factor[..., None, None], k_sum * factor[..., None]
+        for p in range(first, first + length):
+            key = psi(k[:, p]) if rope is None else turn(psi(k[:, p]), rope[0][p], rope[1][p])
+            key = key if key_gate is None else key * key_gate[:, p, :, None]
+            kv, k_sum = kv + key[..., None] * v[:, p, :, None, :], k_sum + phi(k[:, p])
+        for p in range(first, first + length):
+            query = psi(q[:, p]) if rope is None else turn(psi(q[:, p]), rope[0][p], rope[1][p])
+            row = (query[..., None] * kv).sum(-2)
+            out.append(row / ((phi(q[:, p]) * k_sum).sum(-1, keepdim=True) + eps) if normalize else row)
+        first += length
+    return torch.stack(out, 1), kv, k_sum
+
+
+def inputs(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dim_v: int, seed: int = 0) -> list[Tensor]:
+    """q, k, v in float64."""
+    return [
+        randn(batch, tokens, h, d, dtype=torch.float64, seed=3 * seed + i)
+        for i, (h, d) in enumerate(((heads, dim), (kv_heads, dim), (kv_heads, dim_v)))
+    ]
+
+
+def tables(tokens: int, dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """cos, sin [tokens, dim] in float64 for positions ``start`` …"""
+    where = torch.arange(start, start + tokens, dtype=torch.float64)
+    angles = where[:, None] * 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+
+
+def lens_of(chunk_lens: int | list[int] | None, tokens: int) -> list[int]:
+    if chunk_lens is None:
+        return [tokens]
+    if isinstance(chunk_lens, int):
+        return [min(chunk_lens, tokens - i) for i in range(0, tokens, chunk_lens)]
+    return chunk_lens
+
+
+def options(
+    batch: int, tokens: int, heads: int, dim: int, dim_v: int, chunks: int, names: set[str]
+) -> dict[str, object]:
+    """The options in ``names``, in float64; "chunk_decay" is ``decay`` a chunk, "decay" one a head."""
+
+    def positive(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=torch.float64, seed=seed).sigmoid()
+
+    made: dict[str, object] = {}
+    if "rope" in names:
+        made["rope"] = tables(tokens, dim)
+    if "key_gate" in names:
+        made["key_gate"] = positive(batch, tokens, heads, seed=50)
+    if "decay" in names:
+        made["decay"] = positive(heads, seed=51)
+    if "chunk_decay" in names:
+        made["decay"] = positive(batch, chunks, heads, seed=52)
+    if "initial_state" in names:
+        kv = randn(batch, heads, dim, dim_v, dtype=torch.float64, seed=53)
+        made["initial_state"] = (kv, dim * positive(batch, heads, dim, seed=54))
+    return made
+
+
+def to(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, tuple):
+        return tuple(to(x, dtype) for x in value)
+    return value.to(dtype) if isinstance(value, Tensor) else value
