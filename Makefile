@@ -32,7 +32,7 @@ demo: $(VENV)/.video
 
 test: $(VENV)/.everything
 	$(BIN)/pytest
-	HHATTN_IMPL=reference $(BIN)/pytest -q tests/test_norm_modulate.py tests/test_qk_norm_rope.py tests/test_nn.py
+	HHATTN_IMPL=reference $(BIN)/pytest -q
 
 test-all: $(VENV)/.everything
 	$(BIN)/pytest -m ''
