@@ -17,9 +17,10 @@ from hhattn.video.train import codec as codec_stage
 from hhattn.video.train import data, dit, loop, reader
 from hhattn.video.train import prior as prior_stage
 from hhattn.video.train.muon import Muon, orthogonalize
+from hhattn.video.weights import store
 
 
-def run(out: Path, minutes: float, steps: list[int]) -> nn.Module:
+def run(out: Path, minutes: float, steps: list[int], start_from: Path | None = None) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
@@ -29,7 +30,9 @@ def run(out: Path, minutes: float, steps: list[int]) -> nn.Module:
         return (m(x) - x.sum(1, keepdim=True)).square().mean()
 
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    return loop.run("toy", out, model, [optimizer], loss_of, lambda m: {}, minutes=minutes, every=1.0)
+    return loop.run(
+        "toy", out, model, [optimizer], loss_of, lambda m: {}, minutes=minutes, every=1.0, start_from=start_from
+    )
 
 
 def test_a_run_resumes_where_it_was(tmp_path: Path) -> None:
@@ -43,6 +46,15 @@ def test_a_run_resumes_where_it_was(tmp_path: Path) -> None:
     nothing: list[int] = []
     run(tmp_path, 0.006, nothing)
     assert not nothing
+
+
+def test_a_run_starts_from_shipped_weights(tmp_path: Path) -> None:
+    exact = nn.Linear(3, 1)
+    nn.init.ones_(exact.weight)
+    nn.init.zeros_(exact.bias)
+    path = store(exact, "toy", tmp_path)
+    made = run(tmp_path / "runs", 0.001, [], path)
+    torch.testing.assert_close(made.weight, exact.weight, rtol=0, atol=1e-5)
 
 
 def test_a_pause_file_makes_it_stand_still(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ def dit(
     out: Folder = RUNS,
     minutes: Minutes = 600,
     lr: float = 2e-3,
-    start_from: Annotated[Path | None, typer.Option(help="A dit.pt whose averaged weights begin a new run.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A checkpoint or safetensors file to begin a new run from.")
+    ] = None,
     threads: Threads = 2,
 ) -> None:
     """The diffusion transformer."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,9 +41,9 @@ def run(
 ) -> Model:
     """Train ``model`` until ``minutes`` of wall time are spent and return its averaged weights.
 
-    ``out/NAME.pt`` is written every ``every`` minutes and resumed from when it is there; ``start_from`` gives the first
-    weights of a new run. The run stands still while ``out/pause`` exists. ``out/NAME.jsonl`` gets a line of figures
-    each time.
+    ``out/NAME.pt`` is written every ``every`` minutes and resumed from when it is there; ``start_from`` (a
+    checkpoint, or shipped safetensors) gives the first weights of a new run. The run stands still while ``out/pause``
+    exists. ``out/NAME.jsonl`` gets a line of figures each time.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.pt"
@@ -57,7 +58,8 @@ def run(
             o.load_state_dict(s)
         step, elapsed = state["step"], state["elapsed"]
     elif start_from:
-        model.load_state_dict(torch.load(start_from)["average"])
+        shipped = start_from.suffix == ".safetensors"
+        model.load_state_dict(load_file(start_from) if shipped else torch.load(start_from)["average"])
         average.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed + 7919 * step)
     losses: list[float] = []
