@@ -58,7 +58,7 @@ def generate(
             prompt = DEMO_PROMPT if image is None else ""
         request = Request(prompt, seconds, size, fps, seed, steps, guidance, noise, Sampling(temperature, top_k, top_p))
         picture = None if image is None else read_picture(image, *SIZES[size].native)
-        if prompt:
+        if prompt or picture is None:
             parse(prompt, seed)
         check_writable(output)
         pipeline = Pipeline()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,7 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
     try:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"image {path}: not a readable picture ({e})") from None
     x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() / 255
     factor = max(height / x.shape[2], width / x.shape[3])
@@ -72,13 +73,11 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
 
 def check_writable(path: Path) -> None:
     """Raises ValueError, before any work, if a file can't be made at ``path``."""
-    if path.is_dir():
-        raise ValueError(f"output {path}: is a folder; give a file name")
-    folder = path.parent
-    if not folder.is_dir():
-        try:
-            folder.mkdir(parents=True)
-        except OSError as e:
-            raise ValueError(f"output {path}: its folder can't be made ({e.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"output {path}: the folder is not writable")
+    try:
+        if path.is_dir():
+            raise ValueError(f"output {path}: is a folder; give a file name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # making a file tells more than permissions do: a name too long, a full disk
+        tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent).close()
+    except OSError as e:
+        raise ValueError(f"output {path}: a file can't be made there ({e.strerror})") from None
