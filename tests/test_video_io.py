@@ -1,0 +1,175 @@
+"""Pictures in, H.264 out: what is written is what is read back, and a file is whole or not there."""
+
+from __future__ import annotations
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from hhattn.video.io import VideoWriter, check_writable, read_picture
+
+H, W = 48, 96
+COLORS = torch.tensor([[220, 40, 40], [40, 200, 60], [50, 60, 220], [230, 210, 60], [128, 128, 128]]).byte()
+
+
+def flat_frames() -> Tensor:
+    return COLORS[:, None, None].expand(-1, H, W, -1)
+
+
+def read_back(path: Path) -> tuple[av.VideoStream, np.ndarray]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream, np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+
+
+@pytest.mark.parametrize("fps", [8, 16, 24, 29.97, 23.976])
+def test_a_clip_comes_back(tmp_path: Path, fps: float) -> None:
+    out = tmp_path / "clip.mp4"
+    with VideoWriter(out, H, W, fps) as writer:
+        writer.write(flat_frames()[:2])
+        writer.write(flat_frames()[2:])
+        assert not out.exists(), "the name is taken before the clip is whole"
+    stream, frames = read_back(out)
+    assert stream.codec_context.name == "h264"
+    assert stream.codec_context.pix_fmt == "yuv420p", "what players and browsers show"
+    assert stream.average_rate == Fraction(fps).limit_denominator(1000)
+    assert writer.frames == len(frames) == 5
+    assert np.abs(frames.astype(int) - flat_frames().numpy().astype(int)).mean() < 4, "colours are mixed up"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    data = out.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat"), "a browser has to load all of it before it plays"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_a_clip_that_breaks_off_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    out = tmp_path / "clip.mp4"
+
+    def breaks() -> None:
+        with VideoWriter(out, H, W, 16) as writer:
+            writer.write(flat_frames())
+            raise error("lost power")
+
+    with pytest.raises(error, match="lost power"):
+        breaks()
+    assert not list(tmp_path.iterdir())
+    out.write_bytes(b"older")
+    with pytest.raises(error, match="lost power"):
+        breaks()
+    assert out.read_bytes() == b"older"
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_clip_replaces_an_older_one(tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    out.write_bytes(b"older")
+    with VideoWriter(out, H, W, 16) as writer:
+        writer.write(flat_frames())
+    assert len(read_back(out)[1]) == 5
+
+
+def picture_bytes(kind: str, size: tuple[int, int] = (W, H), mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind)
+    return file.getvalue()
+
+
+def test_a_picture_of_the_right_size_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(picture_bytes("PNG"))
+    pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    assert torch.equal(read_picture(path, H, W), pixels.float() / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+@pytest.mark.parametrize("size", [(W, H), (2 * W, 2 * H), (300, 40), (11, 97), (1, 1)])
+def test_any_picture_fits(tmp_path: Path, mode: str, size: tuple[int, int]) -> None:
+    path = tmp_path / "x.tiff"
+    path.write_bytes(picture_bytes("TIFF", size, mode))
+    x = read_picture(path, H, W)
+    assert x.shape == (3, H, W)
+    assert x.dtype == torch.float32
+    assert x.min() >= 0
+    assert x.max() <= 1
+
+
+def test_a_picture_is_scaled_to_cover_and_cropped_in_the_middle(tmp_path: Path) -> None:
+    """A wide picture, red left, green in the middle, blue right: the middle is kept, undistorted."""
+    pixels = np.zeros((2 * H, 8 * H, 3), np.uint8)
+    pixels[:, : 2 * H, 0] = pixels[:, 2 * H : 6 * H, 1] = pixels[:, 6 * H :, 2] = 255
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path)
+    x = read_picture(path, H, W)
+    assert x[1, :, 3:-3].min() > 0.99
+    assert x[0, :, 3:-3].max() < 0.01
+    assert x[2, :, 3:-3].max() < 0.01
+
+
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP"]), st.integers(0, 4000), st.binary(max_size=40), st.booleans())
+def test_a_damaged_picture_is_read_or_refused(kind: str, at: int, noise: bytes, cut: bool) -> None:
+    """Never another error than the one the caller prints."""
+    data = picture_bytes(kind, (24, 16))
+    data = data[:at] if cut else data[:at] + noise + data[at + len(noise) :]
+
+    class File(io.BytesIO):
+        """What Image.open takes in place of a path."""
+
+        def __str__(self) -> str:
+            return "damaged"
+
+    refusal, shape = "", None
+    try:
+        shape = read_picture(File(data), H, W).shape
+    except ValueError as error:
+        refusal = str(error)
+    assert shape == (3, H, W) or refusal.startswith("image damaged: not a readable picture")
+
+
+def test_a_picture_too_large_to_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = tmp_path / "x.png"
+    path.write_bytes(picture_bytes("PNG"))
+    with pytest.raises(ValueError, match=r"x\.png: not a readable picture"):
+        read_picture(path, H, W)
+
+
+def test_places_for_a_clip(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "clip.mp4")
+    assert not list((tmp_path / "a" / "b").iterdir()), "looking leaves a file behind"
+    older = tmp_path / "clip.mp4"
+    older.write_bytes(b"older")
+    check_writable(older)
+    assert older.read_bytes() == b"older"
+
+
+def test_places_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "clip.mp4", "a file can't be made there"),
+        (tmp_path / "file" / "deeper" / "clip.mp4", "a file can't be made there"),
+        (tmp_path / ("x" * 400 + ".mp4"), "too long"),
+    ):
+        with pytest.raises(ValueError, match=reason) as error:
+            check_writable(path)
+        assert str(error.value).startswith("output ")
+
+
+def test_a_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the system says it; tests may run as root, whom no permission stops."""
+
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hhattn.video.io.tempfile.NamedTemporaryFile", refused)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_writable(tmp_path / "clip.mp4")
