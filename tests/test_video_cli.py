@@ -7,20 +7,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
-import typer
+from PIL import Image
 from typer.testing import CliRunner
+from video_models import TINY, write_untrained
 
-from hhattn.video import cli
+from hhattn.cli import app
+from hhattn.video import cli, weights
 from hhattn.video.generate import Chunk, Pipeline
+from hhattn.video.presets import SIZES
+from hhattn.video.text import SLOTS
 
-APP = typer.Typer()
-APP.command()(cli.generate)
 
-
-def call(*args: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(APP, list(args))
+def call(*args: str, command: str = "generate") -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [command, *args])
     return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    write_untrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(untrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of 48x96 and weights that were never trained: everything runs, in a fraction of the time."""
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setattr(weights, "FOLDER", untrained)
+
+
+def watch(path: Path) -> tuple[av.VideoStream, np.ndarray]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream, np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
 
 
 def test_a_short_clip(tmp_path: Path) -> None:
@@ -40,13 +62,81 @@ def test_a_short_clip(tmp_path: Path) -> None:
     assert {"denoise", "decode", "encode"} <= set(report["stages"])
     assert report["prompt"]["subject"] == "kite"
     assert set(report["chosen_by_seed"]) == {"motion", "camera"}
-    with av.open(str(out)) as container:
-        stream = container.streams.video[0]
-        pictures = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+    stream, pictures = watch(out)
     assert stream.codec_context.name == "h264"
-    assert len(pictures) == 8
-    assert pictures[0].shape == (180, 320, 3)
+    assert stream.average_rate == 16
+    assert pictures.shape == (8, 180, 320, 3)
     assert pictures[0].std() > 5
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_report(tmp_path: Path) -> None:
+    """One JSON object on the last line of stdout, which says what the file says."""
+    out = tmp_path / "clip.mp4"
+    args = ("red kite", "--seconds", "1.5", "--size", "tiny", "--fps", "24", "--seed", "7", "-o", str(out))
+    code, stdout, stderr = call(*args, "--json")
+    assert code == 0
+    report = json.loads(stdout.splitlines()[-1])
+    stream, pictures = watch(out)
+    assert pictures.shape == (report["frames"], report["height"], report["width"], 3) == (36, 48, 96, 3)
+    assert report["fps"] == stream.average_rate == 24
+    assert (report["seed"], report["output"], report["model"]) == (7, str(out), "hhattn-dit-3m")
+    assert set(report["stages"]) == {"motion", "denoise", "decode", "encode"}
+    assert 0 < sum(report["stages"].values()) <= report["seconds_wall"] + 0.05
+    assert {slot: report["prompt"][slot] in words for slot, words in SLOTS.items()} == dict.fromkeys(SLOTS, True)
+    assert "left open, chosen by the seed: motion, scene, camera" in " ".join(stderr.split())
+    code, stdout, _ = call(*args)
+    assert code == 0
+    assert stdout == "", "without --json stdout stays empty"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_seed_is_a_clip(tmp_path: Path) -> None:
+    films = []
+    for i, seed in enumerate("445"):
+        out = tmp_path / f"{i}.mp4"
+        assert (
+            call("red ball looping city", "--seconds", "0.5", "--size", "tiny", "--seed", seed, "-o", str(out))[0] == 0
+        )
+        films.append(watch(out)[1])
+    assert np.array_equal(films[0], films[1])
+    assert not np.array_equal(films[0], films[2])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_picture_begins_the_clip(tmp_path: Path) -> None:
+    """The words may be left out then, and the first frame is nearer to the picture than any without it."""
+    ramp = np.linspace(0, 255, 96).astype(np.uint8)
+    picture = np.stack(
+        [np.broadcast_to(ramp, (48, 96)), np.full((48, 96), 90, np.uint8), 255 - ramp[None].repeat(48, 0)], 2
+    )
+    Image.fromarray(picture).save(tmp_path / "first.png")
+    args = ("--seconds", "0.2", "--size", "tiny", "-o", str(tmp_path / "x.mp4"))
+    code, _, _ = call("--image", str(tmp_path / "first.png"), *args)
+    assert code == 0
+    begun = watch(tmp_path / "x.mp4")[1]
+    assert call("red ball", *args)[0] == 0
+    other = watch(tmp_path / "x.mp4")[1]
+    assert len(begun) == 3
+    apart = [np.abs(f[0].astype(float) - picture).mean() for f in (begun, other)]
+    assert apart[0] < 0.5 * apart[1]
+
+
+def test_words_lists_the_vocabulary() -> None:
+    code, stdout, _ = call(command="words")
+    assert code == 0
+    for line, (slot, options) in zip(stdout.splitlines(), SLOTS.items(), strict=True):
+        assert line.split() == [slot, *", ".join(options).split()]
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    """The one line on stderr of a call that ends with exit code 2 before the weights are loaded."""
+    monkeypatch.setattr(cli, "Pipeline", lambda: pytest.fail("the weights were loaded"))
+    code, stdout, stderr = call(*args)
+    assert code == 2
+    assert stdout == ""
+    (line,) = stderr.strip().splitlines()
+    return line
 
 
 @pytest.mark.parametrize(
@@ -63,49 +153,64 @@ def test_a_short_clip(tmp_path: Path) -> None:
         (["--top-k", "-1"], "top_k"),
         (["a red bloon"], "balloon"),
         (["a red blue ball"], "color"),
+        ([""], "names nothing"),
+        (["--seed", "-1"], "seed"),
+        (["--seed", str(10**20)], "seed"),
+        (["--seconds", "nan"], "seconds"),
         (["--image", "missing.png"], "missing.png"),
     ],
 )
 def test_bad_input_ends_with_one_line_before_any_work(
     args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "Pipeline", lambda: pytest.fail("the weights were loaded"))
-    code, stdout, stderr = call(*args, "-o", str(tmp_path / "x.mp4"))
+    assert words in refusal(monkeypatch, *args, "-o", str(tmp_path / "new" / "x.mp4"))
+    assert not list(tmp_path.iterdir()), "not even a folder is left"
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for place, reason in (("file/x.mp4", "can't be made"), ("", "is a folder"), ("x" * 400 + ".mp4", "too long")):
+        assert reason in refusal(monkeypatch, "red ball", "-o", str(tmp_path / place))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_unreadable_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").write_text("not a picture")
+    for picture in ("x.png", "."):
+        line = refusal(
+            monkeypatch, "red ball", "--image", str(tmp_path / picture), "-o", str(tmp_path / "new" / "x.mp4")
+        )
+        assert "not a readable picture" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "FOLDER", tmp_path)
+    code, _, stderr = call("red ball", "-o", str(tmp_path / "x.mp4"))
     assert code == 2
-    assert stdout == ""
+    assert "codec.safetensors not found" in stderr
     assert len(stderr.strip().splitlines()) == 1
-    assert words in stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    code, _, stderr = call("red ball", "-o", str(tmp_path / "file" / "x.mp4"))
-    assert code == 2
-    assert "output" in stderr
-    code, _, stderr = call("red ball", "-o", str(tmp_path))
-    assert code == 2
-    assert "is a folder" in stderr
-
-
-def test_an_unreadable_picture(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_text("not a picture")
-    code, _, stderr = call("red ball", "--image", str(tmp_path / "x.png"), "-o", str(tmp_path / "x.mp4"))
-    assert code == 2
-    assert "not a readable picture" in stderr
-
-
-def test_a_run_that_fails_keeps_the_old_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError("lost power"), False), (OSError("no space left"), True)])
+def test_a_run_that_fails_keeps_the_old_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: bool
+) -> None:
     out = tmp_path / "clip.mp4"
     out.write_bytes(b"the old one")
     whole = Pipeline.stream
 
     def breaks(self: Pipeline, *args: object) -> Iterator[Chunk]:
         yield next(whole(self, *args))
-        raise RuntimeError("lost power")
+        assert (tmp_path / "clip.mp4.part").exists(), "the first chunk is being written"
+        raise error
 
     monkeypatch.setattr(Pipeline, "stream", breaks)
-    code, _, _ = call("red ball", "--seconds", "3", "--size", "180x320", "-o", str(out))
-    assert code != 0
+    code, stdout, stderr = call("red ball", "--seconds", "3", "--size", "tiny", "-o", str(out), "--json")
+    assert code == 1
+    assert stdout == "", "no report of a clip that isn't there"
+    assert ("no space left" in stderr) == told
     assert out.read_bytes() == b"the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]

@@ -105,6 +105,12 @@ def test_state_size_is_constant() -> None:
     assert held == numel * 4, "the state keeps more alive than it says"
 
 
+@pytest.mark.parametrize("frames", [2, 5])
+def test_skipping_pictures_leaves_the_state_of_decoding_them(frames: int) -> None:
+    z = latents(frames)
+    assert torch.allclose(untrained_codec().skip(z).past, untrained_codec().decode(z)[1].past, atol=1e-5)
+
+
 def test_causal_mix_is_the_convolution_it_says() -> None:
     """y_t = x_t + W·[x_{t-2}, x_{t-1}, x_t] + b, the first frame standing in for what came before it."""
     mix = CausalMix(3)

@@ -75,6 +75,38 @@ def test_a_clip_does_not_depend_on_its_length(pipeline: Pipeline) -> None:
     assert torch.equal(long, longer[:32])
 
 
+def test_chunks_that_are_not_wanted_change_nothing(pipeline: Pipeline) -> None:
+    """They come without frames, and the ones that are wanted are what they were, the decoder's past included."""
+    every = list(pipeline.stream(request(3.5)))
+    some = list(pipeline.stream(request(3.5), wanted=lambda index: index in (0, 2, 3)))
+    assert [len(c.frames) for c in some] == [17, 0, 16, 7]
+    for a, b in zip(every, some, strict=True):
+        assert torch.equal(a.latents, b.latents)
+        assert b.index == 1 or torch.equal(a.frames, b.frames)
+
+
+def test_a_path_goes_on_though_its_past_is_forgotten(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two and a half minutes with only so many knots kept are the path with all of them kept."""
+
+    def skipped(model: nn.Module, cond: Condition, empty: object, noise: Tensor, *_: object, **__: object) -> object:
+        return noise, None
+
+    monkeypatch.setattr("hhattn.video.generate.sample_chunk", skipped)
+    wish, paths, kept = request(150.0, fps=8), [], []
+    whole = pipeline.prior.extend
+
+    def counted(knots: Tensor, *args: object) -> Tensor:
+        kept.append(knots.shape[1])
+        return whole(knots, *args)
+
+    monkeypatch.setattr(pipeline.prior, "extend", counted)
+    for context in (48, 10**9):
+        monkeypatch.setattr("hhattn.video.generate.CONTEXT", context)
+        paths.append(torch.cat([c.poses for c in pipeline.stream(wish, wanted=lambda _: False)]))
+        assert (max(kept) <= 4 * 48) == (context == 48)
+    torch.testing.assert_close(paths[0], paths[1], rtol=0, atol=1e-3)
+
+
 def test_draws_are_settings(pipeline: Pipeline) -> None:
     """Temperature, noise, steps and guidance each reach the frames; temperature 0 takes the chance out of the path."""
     base = film(pipeline, request())
