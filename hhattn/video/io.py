@@ -76,6 +76,8 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise ValueError(f"output {path}: is a folder; give a file name")
+        if path.exists() and not path.is_file():  # renaming over a device would replace it
+            raise ValueError(f"output {path}: is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         # making a file tells more than permissions do: a name too long, a full disk
         tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent).close()
