@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
+from video_models import TINY
 
 from hhattn.video.codec import Codec
+from hhattn.video.generate import Pipeline, Request
+from hhattn.video.presets import SIZES
 from hhattn.video.prior import MotionPrior, tokenize
+from hhattn.video.text import SLOTS
 from hhattn.video.train import codec as codec_stage
 from hhattn.video.train import data, dit, loop, reader
 from hhattn.video.train import prior as prior_stage
+from hhattn.video.train.__main__ import app as stages_app
 from hhattn.video.train.muon import Muon, orthogonalize
+from hhattn.video.train.prior import draw as draw_paths
 from hhattn.video.weights import store
+from hhattn.video.world import Clip, render
 
 
 def run(out: Path, minutes: float, steps: list[int], start_from: Path | None = None) -> nn.Module:
@@ -168,3 +179,165 @@ def test_prior_and_reader_learn(folder: Path) -> None:
         lambda _: reader.loss_of(model, seen["z"].float(), aims),
         8,
     )
+
+
+def figures(folder: Path, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_keeps_its_place_in_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks a second a step: steps, minutes and rates go on where a killed run's last save was, with
+    other draws, and the file holds what the run returned."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(loop.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(loop, "WARMUP", 1)
+    seen: list[tuple[float, float]] = []
+
+    def train(minutes: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+        def loss_of(m: nn.Module, g: torch.Generator) -> Tensor:
+            x = torch.randn(4, 2, generator=g)
+            seen.append((float(x[0, 0]), optimizer.param_groups[0]["lr"]))
+            return m(x).square().mean()
+
+        return loop.run("toy", tmp_path, model, [optimizer], loss_of, lambda m: {"norm": 1.0}, minutes=minutes, every=1)
+
+    train(2.0)
+    assert len(seen) == torch.load(tmp_path / "toy.pt")["step"] == 120
+    kept = train(10.0)
+    state = torch.load(tmp_path / "toy.pt")
+    assert (state["step"], state["elapsed"], len(seen)) == (600, 600.0, 600)
+    assert [line["minutes"] for line in figures(tmp_path, "toy")] == [*map(float, range(1, 11))]
+    assert [line["step"] for line in figures(tmp_path, "toy")] == [60 * i for i in range(1, 11)]
+    assert not {x for x, _ in seen[:120]} & {x for x, _ in seen[120:]}, "the same draws again"
+    rates = [lr for _, lr in seen[120:]]  # of ten minutes: full until the sixth, then falling to a fiftieth
+    assert rates[:240] == pytest.approx([0.01] * 240)
+    assert all(a > b for a, b in pairwise(rates[241:]))
+    assert rates[-1] == pytest.approx(0.01 * (0.02 + 0.98 / 240))
+    assert all(torch.equal(state["average"][k], v) for k, v in kept.state_dict().items())
+
+
+def test_time_in_a_pause_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, naps = [0.0], []
+
+    def nap(seconds: float) -> None:
+        naps.append(len(steps))
+        clock[0] += 500.0
+        if len(naps) == 3:
+            (tmp_path / "pause").unlink()
+
+    def tick() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    monkeypatch.setattr(loop.time, "sleep", nap)
+    monkeypatch.setattr(loop.time, "monotonic", tick)
+    steps: list[int] = []
+    (tmp_path / "pause").touch()
+    run(tmp_path, 0.2, steps)
+    assert naps == [0, 0, 0], "it went on while the file was there"
+    assert torch.load(tmp_path / "toy.pt")["elapsed"] < 14
+
+
+def test_a_killed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.pt"
+    loop.save(path, {"a": 1})
+
+    def killed(state: object, file: Path) -> None:
+        Path(file).write_bytes(b"half a check")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.save(path, {"a": 2})
+    assert torch.load(path) == {"a": 1}
+
+
+def test_making_data_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("encoder.pt", "held.pt", "clips-0-000.pt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    data.make(tmp_path, shards=2, clips=1, latents=2)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name in before} == before
+    assert capsys.readouterr().out.startswith("clips-0-001.pt")
+    made = torch.load(tmp_path / "clips-0-001.pt")
+    again = data.make_clips(data.load_codec(tmp_path), random.Random(1), 1, 2)
+    assert all(torch.equal(made[k], again[k]) for k in again), "a shard's clips come from its number alone"
+    pool = dit.Pool(tmp_path)
+    assert pool.names == ["clips-0-000.pt", "clips-0-001.pt"]
+
+
+def test_kept_latents_are_what_generating_asks_for(folder: Path) -> None:
+    """Latents rendered at quarter size are those of the full-size picture, nearly; times and poses belong to them."""
+    codec = data.load_codec(folder)
+    rng, same = random.Random(8), random.Random(8)
+    kept = data.make_clips(codec, rng, 1, 2)
+    clip = Clip.draw(same)
+    same.random(), same.uniform(0, 60)
+    torch.testing.assert_close(clip.path(kept["times"][0].flatten()), kept["poses"][0].flatten(0, 1))
+    assert kept["words"][0].tolist() == [SLOTS[s].index(clip.words[s]) for s in SLOTS]
+    full, _ = render(clip, kept["times"][0, 1], margin=data.MARGIN)
+    z = codec.project(codec.blocks(full[None]))[0, 0]
+    assert (z - kept["z"][0, 1].float()).square().mean().sqrt() < 0.15 * z.std()
+
+
+def test_every_stage_runs_resumes_and_ships(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps of each stage, as the command line starts them; the shipped files make a pipeline."""
+    small = (reader.stills, codec_stage.render)
+    monkeypatch.setattr(reader, "stills", lambda codec, rng, count: small[0](codec, rng, min(count, 3)))
+    monkeypatch.setattr(codec_stage, "FIRST", 2)
+    monkeypatch.setattr(codec_stage, "CLIPS", 1)
+    monkeypatch.setattr(codec_stage, "render", lambda clip, t, margin: small[1](clip, t, 112, 128, margin=margin))
+    monkeypatch.setattr(prior_stage, "draw", lambda rng, count: draw_paths(rng, min(count, 4), 8))
+    monkeypatch.setattr(prior_stage, "KNOTS", 8)
+    for name in ("encoder.pt", "held.pt", "clips-0-000.pt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    kinds = (dit.Kind(1, 1, 6, 0.5), dit.Kind(1, 5, 6, 0.5))
+    stages = {
+        "codec": lambda m: codec_stage.train(tmp_path, tmp_path, m),
+        "prior": lambda m: prior_stage.train(tmp_path, m),
+        "reader": lambda m: reader.train(tmp_path, tmp_path, m),
+        "dit": lambda m: dit.train(tmp_path, tmp_path, m, kinds=kinds),
+    }
+    for name, train in stages.items():
+        train(1e-4)
+        first = torch.load(tmp_path / f"{name}.pt")
+        train(first["elapsed"] / 60 + 1e-4)
+        assert torch.load(tmp_path / f"{name}.pt")["step"] > first["step"] >= 1
+        lines = figures(tmp_path, name)
+        assert lines[-1]["step"] > lines[0]["step"]
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert (tmp_path / "dit.png").exists()
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    result = CliRunner().invoke(stages_app, ["export", "--out", str(tmp_path), "--to", str(shipped)])
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in shipped.iterdir()) == [f"{n}.safetensors" for n in sorted(stages)]
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+    chunk = next(iter(Pipeline(shipped).stream(Request("red kite", seconds=0.2, size="tiny"))))
+    assert len(chunk.frames) == 3
+    assert chunk.latents.isfinite().all()
+
+
+def test_crops_show_something() -> None:
+    rng = random.Random(0)
+    crops = torch.stack([codec_stage.crop(rng) for _ in range(3)])
+    assert crops.shape == (3, 8, 3, codec_stage.CROP, codec_stage.CROP)
+    assert crops.isfinite().all()
+    assert crops.flatten(1).std(1).min() > 0.02
+
+
+def test_noise_levels_are_one_a_chunk() -> None:
+    t = dit.noise_levels(4000, 8, 4, torch.Generator().manual_seed(0))
+    assert t.shape == (4000, 8)
+    assert torch.equal(t[:, 1], t[:, 3])
+    assert torch.equal(t[:, 4], t[:, 7])
+    given = t[:, 0] == 0
+    assert given.float().mean() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(t[~given, 0], t[~given, 1])
+    assert t[:, 4:].min() >= 0.02
+    assert t.max() <= 0.999
+    assert (t[:, 1] < 0.15).float().mean() > 0.6, "the past is mostly clean, as it is when generating"
