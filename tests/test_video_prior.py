@@ -23,6 +23,7 @@ from hhattn.video.prior import (
     tokenize,
 )
 from hhattn.video.train.prior import draw
+from hhattn.video.world.motion import PAN_SPEED
 
 WORDS = torch.tensor([[2, 1], [0, 0]])
 
@@ -48,13 +49,27 @@ def test_tokens_rebuild_the_path() -> None:
     assert tokens.shape == knots.shape == (200, 120, 4)
     assert tokens.min() >= 0
     assert tokens.max() < LEVELS
+    moved = knots[:, :1, 3] - path[:, :1, 3]
+    assert (moved.abs() <= half_steps(0)[3] + 1e-5).all()
+    path = torch.cat([path[..., :3], (path[..., 3] + moved)[..., None]], -1)
     error = (knots - path).abs().amax(0)
-    assert (error[0] <= half_steps(0) + 1e-5).all()
-    assert (error[1] <= half_steps(1) + 1e-5)[:3].all()
-    assert (error[2:, :2] <= half_steps(2)[:2] + 1e-4).all()
-    # the camera starts from a coarse first knot, which two or three steps make good
-    assert (error[6:] <= half_steps(2) + 1e-4).all()
+    for i in range(3):
+        assert (error[i] <= half_steps(i) + 1e-5).all()
+    assert (error[3:] <= half_steps(2) + 1e-4).all()
     assert error[6:, :2].mean() < 3e-3, "two pixels of 720"
+
+
+@pytest.mark.parametrize("camera", [0, 1])
+def test_the_cameras_steps_say_how_it_moves(camera: int) -> None:
+    """From the second knot on, whatever the panorama's place: a still camera's tokens are the zero level, a panning
+    one's steps are its speed. What the tokens don't tell, the prior can't learn."""
+    path, words = draw(random.Random(0), 200, 12)
+    tokens, knots = tokenize(path[words[:, 1] == camera])
+    speed = torch.diff(knots[..., 3], dim=1) / KNOT_SECONDS
+    if camera == 0:
+        assert (tokens[:, 1:, 3] == LEVELS // 2).all()
+    else:
+        torch.testing.assert_close(speed.abs(), torch.full_like(speed, PAN_SPEED), rtol=0.06, atol=0)
 
 
 def test_tokens_alone_are_the_knots() -> None:

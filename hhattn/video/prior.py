@@ -43,8 +43,16 @@ def predict(knots: Tensor) -> tuple[int, Tensor]:
 
 
 def tokenize(path: Tensor) -> tuple[Tensor, Tensor]:
-    """True knots ``[B, n, 4]`` -> tokens ``[B, n, 4]`` and the knots that those reconstruct."""
+    """True knots ``[B, n, 4]`` -> tokens ``[B, n, 4]`` and the knots that those reconstruct.
+
+    The camera's path is first moved to begin on a level. Its steps are smaller than that level's rounding, so they
+    would otherwise spend themselves on making the rounding good, in a direction that nothing foretells, and the prior
+    would learn that a still camera moves.
+    """
     knots, tokens = path[:, :0], []
+    first = CENTRE[3] + levels(0, 3)
+    start = first[(path[:, :1, 3:] - first).abs().argmin(-1)]
+    path = torch.cat([path[..., :3], path[..., 3:] + (start - path[:, 0, 3:])[:, None]], -1)
     for i in range(path.shape[1]):
         order, base = predict(knots)
         rest = path[:, i] - base

@@ -25,6 +25,11 @@ def draw(rng: random.Random, count: int, knots: int = KNOTS) -> tuple[Tensor, Te
     return torch.stack(paths), torch.tensor(words)
 
 
+def _camera_speed(knots: Tensor) -> Tensor:
+    """Mean speed of each path's camera once it has settled, frame heights a second."""
+    return torch.diff(knots[:, 4:, 3], dim=1).mean(1).abs() / KNOT_SECONDS
+
+
 def _rough(knots: Tensor) -> float:
     """Root mean square third difference of the subject's path."""
     return float(torch.diff(knots[..., :2], n=3, dim=1).square().mean().sqrt())
@@ -50,6 +55,7 @@ def train(out: Path, minutes: float, lr: float = 2e-3, seed: int = 0, every: flo
         return {
             "nats": float(model.loss(held_tokens, held_knots, held_words)),
             "inside": float(inside),
+            "camera_speed_error": float((_camera_speed(made) - _camera_speed(held_path)).abs().mean()),
             "roughness_ratio": _rough(made) / _rough(held_path),
             "reach_ratio": float(made[..., :2].std(1).mean() / held_path[..., :2].std(1).mean()),
         }
