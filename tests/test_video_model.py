@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,34 @@ def test_positions_never_grow() -> None:
     assert torch.equal(a, b)
     assert all(torch.equal(x, y) for x, y in zip(tensors_of(after_a), tensors_of(after_b), strict=True))
     assert (after_a.frames, after_b.frames) == (33, 3003)
+
+
+def test_the_state_decays_by_head_and_chunk() -> None:
+    """The sum of keys after two chunks is the first one's, times the decay, plus that of the second alone. In the
+    first block, whose input no memory has touched."""
+    model = small_dit(LINEAR)
+    z, t, cond = inputs(model, 6)
+    _, (first, both) = in_chunks(model, z, t, cond, (3, 3))
+    _, (second,) = in_chunks(model, z[:, 3:], t[:, 3:], cut(cond, slice(3, 6)), (3,))
+    sums = [m.layers[0].linear.k_sum for m in (first, both, second)]
+    assert_near(sums[1], torch.tensor(LINEAR.decay)[:, None] * sums[0] + sums[2])
+
+
+def test_mix_ffn_looks_back_over_time() -> None:
+    """y_t = x_t + w_0·x_{t-2} + w_1·x_{t-1} + w_2·x_t for what the spatial part makes of each frame, nothing before
+    the first."""
+    ffn = small_dit().blocks[0].ffn
+    x = torch.randn(1, 4, GRID[0] * GRID[1], SMALL.dim)
+    with torch.no_grad():
+        made, past = ffn(x, GRID, None)
+        taps = ffn.time.clone()
+        ffn.time.zero_()
+        plain, inner = ffn(x, GRID, None)
+        y = torch.cat([torch.zeros_like(plain[:, :2]), plain], 1)
+        expected = plain + taps[0] * y[:, :-2] + taps[1] * y[:, 1:-1] + taps[2] * y[:, 2:]
+    assert_near(made, expected)
+    assert torch.equal(past, inner)
+    assert_near(past, plain[:, -2:])
 
 
 def test_a_long_stream_stays_finite_and_forgets() -> None:
@@ -303,6 +332,27 @@ def test_the_field_follows_subject_and_camera() -> None:
         turned = field(0.2, 0.2, 0.0, CAMERA_PERIOD)
         torch.testing.assert_close(turned, here, rtol=0, atol=1e-3)
         assert not torch.allclose(field(0.2, 0.2, 0.0, 1.0), here, atol=1e-2)
+
+
+def test_the_field_turns_with_the_subject() -> None:
+    """A quarter turn moves what is right of the subject to below it: features of cell (a, b) are those that cell
+    (b, -a) had. Scene planes are emptied, and a cell's four sample points are made to count alike."""
+    field = small_dit().field
+    with torch.no_grad():
+        for plane in field.backdrop:
+            plane.zero_()
+        samples = field.proj.weight[:, :-5].unflatten(1, (4, -1))
+        samples.copy_(samples.mean(1, keepdim=True).expand_as(samples))
+        centre = torch.tensor([8 * 32 / 720, (8 * 32 - 8) / 720])  # a corner of cells, in the middle of 16 x 16
+
+        def seen(angle: float) -> Tensor:
+            pose = torch.tensor([*centre, angle, 0.0]).expand(1, 1, 4, 4)
+            at = (torch.tensor([2]), torch.tensor([3]), torch.ones(1, 40), torch.zeros(1, 1, 4))
+            return field(*at, pose, torch.zeros(1, 2), (16, 16), 8)[0, 0]
+
+        upright, turned = seen(0.0), seen(math.pi / 2)
+    torch.testing.assert_close(turned, upright.rot90(-1), rtol=0, atol=1e-4)
+    assert not torch.allclose(turned, upright, atol=1e-2)
 
 
 def test_the_clock_closes() -> None:

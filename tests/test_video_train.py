@@ -123,6 +123,8 @@ def test_kept_latents_are_the_worlds(folder: Path) -> None:
     assert shard["poses"].shape == (2, 8, 4, 4)
     codec: Codec = data.load_codec(folder)
     assert codec.decode_linear(shard["z"][:1, :1].float()).clamp(0, 1).std() > 0.05
+    begins = torch.cat([data.make_clips(codec, random.Random(i), 1, 2)["times"][:, 0] for i in range(12)]).std(1) == 0
+    assert 1 <= begins.sum() <= 6, "about one clip in four begins with the picture that begins a video"
 
 
 def falls(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss_of: object, steps: int) -> None:
