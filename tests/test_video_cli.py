@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,3 +216,24 @@ def test_a_run_that_fails_keeps_the_old_clip(
     assert ("no space left" in stderr) == told
     assert out.read_bytes() == b"the old one"
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_clip(tmp_path: Path) -> None:
+    """Whole processes, pixels and encoder included: five times the clip, the same peak."""
+    peaks = []
+    for seconds in ("2", "10"):
+        args = [
+            "generate",
+            "red ball",
+            "--seconds",
+            seconds,
+            "--size",
+            "180x320",
+            "-o",
+            str(tmp_path / "x.mp4"),
+            "--json",
+        ]
+        done = subprocess.run([sys.executable, "-m", "hhattn.cli", *args], capture_output=True, text=True, check=True)
+        peaks.append(json.loads(done.stdout.splitlines()[-1])["peak_rss_mb"])
+    assert peaks[1] < 1.03 * peaks[0] + 10
