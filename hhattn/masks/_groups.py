@@ -19,13 +19,13 @@ from hhattn.masks import _bits, _blocks
 from hhattn.masks._blocks import Blocks, Shape
 from hhattn.masks.block_mask import BlockMask, assemble, make_shape
 
-_CHUNK = 1 << 18  # elements of a temporary, small enough to stay in cache
+_CHUNK = 1 << 20  # elements of a temporary, few enough for the cache
 
 
 class _Side(NamedTuple):
     """The queries or the keys, by blocks.
 
-    groups: [n, c] int64, the groups present in each block; shorter lists repeat their first.
+    groups: [n, c] int32, the groups present in each block; shorter lists repeat their first.
     label: [n, b] int64, each token's group as a place in its block's list.
     pattern: [n] int64, equal for blocks with equal labels.
     """
@@ -41,7 +41,7 @@ def _side(group: Tensor, size: int, padding: int) -> _Side:
     place = torch.nn.functional.pad((ordered.diff(dim=-1) != 0).long().cumsum(-1), (1, 0))
     groups = ordered[:, :1].expand(-1, int(place.max()) + 1).clone().scatter_(1, place, ordered)
     label = torch.empty_like(place).scatter_(1, order, place)
-    return _Side(groups, label, _bits.unique_rows(label.to(torch.int16).view(torch.uint8))[1])
+    return _Side(groups.int(), label, _bits.unique_rows(label.int().view(torch.uint8))[1])
 
 
 def _reduce(relation: Tensor, groups: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
