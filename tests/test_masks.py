@@ -128,6 +128,62 @@ def test_queries_of_a_chunk_and_keys_that_a_cache_holds() -> None:
     assert torch.equal(part.to_dense()[0, 0], expected)
 
 
+def test_each_head_has_its_window() -> None:
+    layout = VideoLayout(4, 5, 6, tile=(2, 2, 2), text_len=3)
+    windows = [(1, 1, 1), (2, 1, 3), (1, 3, 2)]
+    mask = masks.sliding_tile(layout, windows, block_size=(16, 8), order="tile")
+    alone = [masks.sliding_tile(layout, w, block_size=(16, 8), order="tile").to_dense() for w in windows]
+    assert torch.equal(mask.to_dense(), torch.cat(alone, 1))
+    joint = mask | masks.text(layout, block_size=(16, 8), order="tile")
+    assert torch.equal(joint.to_dense(), mask.to_dense() | ~mask.to_dense().any(-1, keepdim=True) | text_keys(layout))
+
+
+def text_keys(layout: VideoLayout) -> Tensor:
+    """[S] bool in either order."""
+    return torch.arange(layout.seq_len) >= layout.video_len
+
+
+@settings(max_examples=30, deadline=None)
+@given(sq=st.integers(1, 40), sk=st.integers(1, 40), block=blocks, seed=st.integers(0, 99))
+def test_other_forms_list_the_same_blocks(sq: int, sk: int, block: tuple[int, int], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    kept = torch.rand(2, 3, -(-sq // block[0]), -(-sk // block[1]), generator=g) < 0.5
+    dense = kept.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[:, :, :sq, :sk]
+    holes = (torch.rand(2, 3, sq, sk, generator=g) < 0.1) & (torch.rand(2, 3, 1, 1, generator=g) < 0.5)
+    dense = dense & ~holes
+    mask = BlockMask.from_dense(dense, block_size=block)
+    (nq, nk), (bq, bk) = mask.num_blocks, block
+    padded = torch.zeros(2, 3, nq * bq, nk * bk, dtype=torch.bool)
+    padded[:, :, :sq, :sk] = dense
+    tiles = padded.view(2, 3, nq, bq, nk, bk).transpose(3, 4)
+    touched, full = tiles.any(-1).any(-1), tiles.all(-1).all(-1)
+    assert mask.flops(5, 7, batch=2, heads=3, executed=True) == int(touched.sum()) * bq * bk * 2 * (5 + 7)
+    assert mask.flops(5, batch=2, heads=3, backward=True) == int(dense.sum()) * 2 * 5 * 5
+    lists = mask.q_lists()
+    for b, h, j in [(b, h, j) for b in range(2) for h in range(3) for j in range(nk)]:
+        rows = lists.indices[b, h, lists.offsets[b, h, j] : lists.offsets[b, h, j + 1]]
+        full_rows = lists.full_indices[b, h, lists.full_offsets[b, h, j] : lists.full_offsets[b, h, j + 1]]
+        assert rows.tolist() == (touched & ~full)[b, h, :, j].nonzero().flatten().tolist()
+        assert full_rows.tolist() == full[b, h, :, j].nonzero().flatten().tolist()
+        places = lists.tiles[b, h, lists.offsets[b, h, j] : lists.offsets[b, h, j + 1]].long()
+        bits = (mask.tiles[places][..., None] >> torch.arange(8)) & 1
+        assert torch.equal(bits.flatten(-2)[..., :bk].bool(), tiles[b, h, rows.long(), j])
+    bsr = mask.to_bsr(batch=1, head=2)
+    row, column = touched[1, 2].nonzero(as_tuple=True)
+    assert bsr.indices.tolist() == column.tolist()
+    assert bsr.indptr.diff().tolist() == touched[1, 2].sum(-1).tolist()
+    assert torch.equal(bsr.mask, tiles[1, 2, row, column])
+
+
+def test_masks_move_between_devices() -> None:
+    mask = masks.frame_window(VideoLayout(3, 4, 5), 1, block_size=(8, 8))
+    mask.q_lists()
+    moved = mask.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.q_lists().indices.device.type == "meta"
+    assert mask.device.type == "cpu"
+
+
 def test_a_minute_at_720p_builds_in_a_second_and_tens_of_megabytes() -> None:
     layout = VideoLayout(240, 23, 40, tile=(4, 4, 4))
     assert layout.seq_len == 220_800
