@@ -152,6 +152,19 @@ def test_wan_sparse_mask_equals_sdpa_with_that_mask(wan: WanTransformer3DModel) 
 
 
 @torch.no_grad()
+def test_wan_takes_masks_of_either_order(wan: WanTransformer3DModel) -> None:
+    """A mask built for tile order means the same pattern: the model's tokens are in raster order."""
+    layout = hhattn.VideoLayout(*GRID, tile=(1, 2, 2))
+    results = []
+    for order in ("raster", "tile"):
+        mask = hhattn.masks.sliding_tile(layout, (1, 1, 1), block_size=(16, 16), order=order)
+        with hhattn.swap(wan, attention=mask):
+            results.append(run(wan))
+    assert relative(results[1], results[0]) < 2e-5
+    assert relative(results[0], run(wan)) > 1e-3, "the pattern leaves nothing out"
+
+
+@torch.no_grad()
 def test_wan_variants(wan: WanTransformer3DModel) -> None:
     """Without a norm before cross-attention (its default), and with a timestep a token (Wan 2.2 TI2V)."""
     plain = randomize(WanTransformer3DModel.from_config({**wan.config, "cross_attn_norm": False}))

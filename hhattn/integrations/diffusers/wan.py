@@ -47,7 +47,9 @@ class SelfAttentionProcessor:
             q, k = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (q, k))
         v = heads(attn, v)
         mask = self.mask
-        out = hhattn.attention(q, k, v) if mask is None else hhattn.block_sparse_attention(q, k, v, mask)
+        out = (
+            hhattn.attention(q, k, v) if mask is None else hhattn.block_sparse_attention(q, k, v, mask, order="raster")
+        )
         out = attn.to_out[0](cast(Tensor, out).flatten(2))
         return attn.to_out[1](out)
 
