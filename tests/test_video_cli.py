@@ -145,6 +145,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
     ("args", "words"),
     [
         (["--seconds", "-1"], "seconds"),
+        (["--seconds", "1e308"], "seconds"),
         (["--size", "1x1"], "720x1280"),
         (["--fps", "500"], "fps"),
         (["--steps", "0"], "steps"),

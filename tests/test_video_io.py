@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from hhattn.video.io import VideoWriter, check_writable, read_picture
+from hhattn.video.io import VideoWriter, check_encoder, check_writable, read_picture
 
 H, W = 48, 96
 COLORS = torch.tensor([[220, 40, 40], [40, 200, 60], [50, 60, 220], [230, 210, 60], [128, 128, 128]]).byte()
@@ -28,7 +28,8 @@ def flat_frames() -> Tensor:
 def read_back(path: Path) -> tuple[av.VideoStream, np.ndarray]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        return stream, np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+        frames = [f.reformat(format="rgb24", src_colorspace="ITU709") for f in container.decode(stream)]
+        return stream, np.stack([f.to_ndarray() for f in frames])
 
 
 @pytest.mark.parametrize("fps", [8, 16, 24, 29.97, 23.976])
@@ -41,12 +42,25 @@ def test_a_clip_comes_back(tmp_path: Path, fps: float) -> None:
     stream, frames = read_back(out)
     assert stream.codec_context.name == "h264"
     assert stream.codec_context.pix_fmt == "yuv420p", "what players and browsers show"
+    context = stream.codec_context
+    assert (context.colorspace, context.color_primaries, context.color_trc) == (1, 1, 1), "players would guess"
     assert stream.average_rate == Fraction(fps).limit_denominator(1000)
     assert writer.frames == len(frames) == 5
     assert np.abs(frames.astype(int) - flat_frames().numpy().astype(int)).mean() < 4, "colours are mixed up"
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
     data = out.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat"), "a browser has to load all of it before it plays"
+
+
+def test_a_missing_encoder_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_encoder()
+
+    def unknown(*_: object) -> None:
+        raise av.codec.codec.UnknownCodecError("libx264")
+
+    monkeypatch.setattr(av.codec, "Codec", unknown)
+    with pytest.raises(ValueError, match="libx264"):
+        check_encoder()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])

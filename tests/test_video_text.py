@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hhattn.video import text
-from hhattn.video.text import FILLERS, SLOTS, Prompt, PromptError, parse
+from hhattn.video.text import FILLERS, SLOTS, UNUSED, Prompt, PromptError, parse
 
 WORDS = {"color": "blue", "subject": "rocket", "motion": "looping", "scene": "space", "camera": "panning"}
 
@@ -50,6 +50,20 @@ def test_every_synonym_means_a_word() -> None:
         assert parse(new).words == parse(old).words
         assert new not in FILLERS
     assert not FILLERS & {w for options in SLOTS.values() for w in options}
+
+
+def test_words_without_effect_are_reported() -> None:
+    prompt = parse("a slow red ball in the sky by day, slow")
+    assert prompt.unused == ("slow", "sky", "day")
+    assert prompt.words["subject"] == "ball"
+    assert parse("a red ball").unused == ()
+    assert not UNUSED & (FILLERS | {w for options in SLOTS.values() for w in options})
+
+
+@pytest.mark.parametrize("symbol", ["🎈", "♥", "$", "<b>"])
+def test_symbols_are_refused(symbol: str) -> None:
+    with pytest.raises(PromptError, match="symbols"):
+        parse(f"a red {symbol} ball")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from .evaluate import main as evaluate
 from .generate import DEMO_PROMPT, Pipeline, Request
-from .io import VideoWriter, check_writable, read_picture
+from .io import VideoWriter, check_encoder, check_writable, read_picture
 from .presets import SIZES
 from .prior import Sampling
 from .text import SLOTS, parse
@@ -60,12 +60,15 @@ def generate(
         picture = None if image is None else read_picture(image, *SIZES[size].native)
         if prompt or picture is None:
             parse(prompt, seed)
+        check_encoder()
         check_writable(output)
         pipeline = Pipeline()
         words = pipeline.understand(request, picture)
     except (ValueError, FileNotFoundError) as e:
         raise fail(e) from None
     note = f" (left open, chosen by the seed: {', '.join(words.chosen)})" if words.chosen else ""
+    if words.unused:
+        console.print(f"no effect on this model: {', '.join(words.unused)}", highlight=False)
     console.print(f"[bold]{words}[/]{note}, {request.frames} frames of {size} at {fps:g} a second", highlight=False)
     start, stages = time.perf_counter(), {"encode": 0.0}
     height, width = SIZES[size].output
@@ -101,6 +104,7 @@ def generate(
         "model": "hhattn-dit-3m",
         "prompt": words.words,
         "chosen_by_seed": list(words.chosen),
+        "unused_words": list(words.unused),
         "seed": seed,
     }
     console.print(

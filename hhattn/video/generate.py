@@ -43,8 +43,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        if not 0 < self.seconds < float("inf"):
-            raise ValueError(f"seconds={self.seconds}; accepted: a number above 0")
+        if not 0 < self.seconds <= 86_400:
+            raise ValueError(f"seconds={self.seconds}; accepted: a number above 0, up to 86400 (a day)")
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r}; accepted: {', '.join(SIZES)}")
         if not 8 <= self.fps <= 32:

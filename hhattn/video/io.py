@@ -15,6 +15,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+_BT709 = 1  # in FFmpeg's tables of colour spaces, primaries and transfer functions alike
+
+
+def check_encoder() -> None:
+    """Raises ValueError if this PyAV can't write H.264."""
+    try:
+        av.codec.Codec("libx264", "w")
+    except av.codec.codec.UnknownCodecError:
+        raise ValueError(
+            "this PyAV was built without libx264, the H.264 encoder; pip install --force-reinstall av"
+        ) from None
+
 
 class VideoWriter:
     """``with VideoWriter(path, height, width, fps) as w: w.write(frames)``; uint8 frames ``[n, h, w, 3]``.
@@ -27,6 +39,10 @@ class VideoWriter:
         self.container = av.open(str(self.part), "w", format="mp4", options={"movflags": "faststart"})
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
+        # players assume BT.709 at this size; a file that says nothing and holds BT.601 has its colours shifted
+        context = self.stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = av.video.reformatter.ColorRange.MPEG
         self.stream.options = {"crf": str(crf), "preset": "veryfast"}
 
     def __enter__(self) -> VideoWriter:
@@ -34,7 +50,9 @@ class VideoWriter:
 
     def write(self, frames: Tensor) -> None:
         for picture in frames.numpy():
-            for packet in self.stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")):
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = rgb.reformat(format="yuv420p", dst_colorspace=av.video.reformatter.Colorspace.ITU709)
+            for packet in self.stream.encode(frame):
                 self.container.mux(packet)
         self.frames += len(frames)
 

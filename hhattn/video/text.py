@@ -34,46 +34,16 @@ _SYNONYMS = {
     "static": "still", "fixed": "still", "pan": "panning", "pans": "panning",
 }  # fmt: skip
 
+# words that say nothing a clip could show
 FILLERS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "over",
-        "above",
-        "across",
-        "through",
-        "under",
-        "with",
-        "and",
-        "by",
-        "to",
-        "its",
-        "is",
-        "are",
-        "hot",
-        "air",
-        "slow",
-        "slowly",
-        "slight",
-        "gentle",
-        "gently",
-        "camera",
-        "hills",
-        "hill",
-        "calm",
-        "outer",
-        "figure",
-        "day",
-        "sky",
-        "video",
-        "clip",
-    ]
-)
+    ["a", "an", "the", "of", "in", "on", "at", "over", "above", "across", "through", "under", "with", "and",
+     "by", "to", "its", "is", "are", "camera", "video", "clip"]
+)  # fmt: skip
+# words that do say something, but nothing this model can do: they are allowed, and reported
+UNUSED = frozenset(
+    ["hot", "air", "slow", "slowly", "slight", "gentle", "gently", "hills", "hill", "calm", "outer", "figure",
+     "day", "sky"]
+)  # fmt: skip
 
 _MEANING = {word: (slot, word) for slot, words in SLOTS.items() for word in words}
 _MEANING |= {new: _MEANING[old] for new, old in _SYNONYMS.items()}
@@ -85,10 +55,11 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One word a slot, and which of them the prompt left open (chosen by the seed)."""
+    """One word a slot, which of them the prompt left open (chosen by the seed), and which words had no effect."""
 
     words: dict[str, str]
     chosen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def ids(self) -> Tensor:
         """The model's input ``[5]``: each slot's word as its index."""
@@ -104,9 +75,15 @@ def parse(text: str, seed: int = 0, defaults: dict[str, str] | None = None) -> P
 
     Raises PromptError for an unknown word, two values for one slot, or no word of the vocabulary at all.
     """
+    if strange := re.findall(r"[^\w\s.,;:!?'\"()/-]", text):
+        raise PromptError(f"the prompt has symbols that aren't words: {' '.join(strange)}; leave them out")
     found: dict[str, str] = {}
+    unused: list[str] = []
     for word in re.findall(r"[^\W_]+", text.lower()):
         if word in FILLERS:
+            continue
+        if word in UNUSED:
+            unused.append(word)
             continue
         if word not in _MEANING:
             near = difflib.get_close_matches(word, _MEANING, n=3, cutoff=0.5) or sorted(SLOTS["subject"])
@@ -126,4 +103,4 @@ def parse(text: str, seed: int = 0, defaults: dict[str, str] | None = None) -> P
         if slot not in found and not (defaults and slot in defaults):
             chosen.append(slot)
         words[slot] = found.get(slot) or (defaults or {}).get(slot) or pick
-    return Prompt(words, tuple(chosen))
+    return Prompt(words, tuple(chosen), tuple(dict.fromkeys(unused)))
