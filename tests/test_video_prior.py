@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from video_models import wake
 
+from hhattn.video import weights
 from hhattn.video.prior import (
     CENTRE,
     CONTEXT,
@@ -266,3 +267,18 @@ def test_the_spline_needs_one_knot_more_and_no_others() -> None:
     knots = torch.randn(1, 12, 4, generator=generator())
     t = torch.linspace(0, 2.9, 40)  # within knots 0..5, so knot 7 is the last that is looked at
     assert torch.equal(interpolate(knots[:, :8], t), interpolate(knots, t))
+
+
+def test_the_bundled_prior_does_what_the_words_say() -> None:
+    """A still camera stands, a panning one keeps the world's speed, and subjects stay in the picture."""
+    prior = MotionPrior()
+    weights.load({"prior": prior})
+    words = torch.tensor([[motion, camera] for motion in range(5) for camera in range(2)])
+    knots = prior.extend(torch.zeros(10, 0, 4), words, 60, Sampling(), generator())
+    speed = torch.diff(knots[:, 4:, 3], dim=1).abs().mean(1) / KNOT_SECONDS
+    torch.testing.assert_close(speed, PAN_SPEED * words[:, 1].float(), rtol=0, atol=0.006)
+    assert (knots[..., 0] > 0).all()
+    assert (knots[..., 0] < 16 / 9).all()
+    assert (knots[..., 1] > 0.1).all()
+    assert (knots[..., 1] < 0.9).all()
+    assert knots[..., :2].std(1).amax(1).min() > 0.015, "a subject stands still"
