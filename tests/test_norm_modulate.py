@@ -173,6 +173,20 @@ def test_empty_and_single(impl: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens_in_no_frames(impl: str) -> None:
+    """S = F = 0: results and gradients are as empty as what they belong to."""
+    args = arguments(tokens=0, rows=0)
+    leaves = {n: t.requires_grad_() for n, t in args.items()}
+    y, r = hhattn.norm_modulate(**leaves, impl=impl)
+    assert y.shape == r.shape == (2, 0, 53)
+    grads = torch.autograd.grad(y.sum() + r.sum(), list(leaves.values()))
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        torch.testing.assert_close(grad, torch.zeros_like(leaf), msg=name)
+    meta = arguments(tokens=0, rows=0, device="meta")
+    assert hhattn.norm_modulate(**meta, impl="reference")[0].shape == (2, 0, 53)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_bad_row_stays_alone(impl: str) -> None:
     x = randn(1, 5, 40)
     x[0, 1, 3], x[0, 2, 4] = float("nan"), float("inf")

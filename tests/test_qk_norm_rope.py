@@ -320,6 +320,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"text_len": 12}, ValueError, "text_len=12 must be between 0 and S = 11"),
     ({"layout": LAYOUT}, ValueError, "layout has 14 tokens, q has S = 11"),
     ({"layout": LAYOUT, "text_len": 2}, ValueError, "text_len=2, text_first=False contradict layout"),
+    ({"layout": LAYOUT, "text_first": True}, ValueError, "text_len=0, text_first=True contradict layout"),
     ({"layout": (1, 11, 1)}, TypeError, "layout must be a hhattn.VideoLayout, got tuple"),
     ({"eps": -1}, ValueError, "eps=-1 must not be negative"),
 ]

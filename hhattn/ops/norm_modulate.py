@@ -157,8 +157,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _rows(m: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """m [B, F, C] as [B, F, 1, C] in float32, and how ``like`` [B, S, C] divides: (F, S/F)."""
-    return m.float().unsqueeze(2), (m.shape[1], like.shape[1] // m.shape[1])
+    """m [B, F, C] as [B, F, 1, C] in float32, and how ``like`` [B, S, C] divides: (F, S/F), or (0, 0)."""
+    return m.float().unsqueeze(2), (m.shape[1], like.shape[1] // max(1, m.shape[1]))
 
 
 def _times(x: Tensor, m: Tensor, plus: float = 0.0) -> Tensor:

@@ -84,7 +84,8 @@ def qk_norm_rope(
 def _layout_text(layout: VideoLayout, text_len: int, text_first: bool) -> tuple[int, bool]:
     if not isinstance(layout, VideoLayout):
         raise TypeError(f"layout must be a hhattn.VideoLayout, got {type(layout).__name__}")
-    if text_len and (text_len, text_first) != (layout.text_len, layout.text_first):
+    contradicts = text_first != layout.text_first or text_len not in (0, layout.text_len)
+    if (text_len or text_first) and contradicts:
         raise ValueError(
             f"text_len={text_len}, text_first={text_first} contradict layout, which has text_len={layout.text_len}, "
             f"text_first={layout.text_first}; leave them out"

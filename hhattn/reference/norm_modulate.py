@@ -10,9 +10,9 @@ from torch import Tensor
 
 def _grouped(op: Callable[[Tensor, Tensor], Tensor], r: Tensor, m: Tensor) -> Tensor:
     """``op(r, m)`` for r [B, S, C] and m [B, F, C], where each of the F rows of m serves S/F tokens in turn: m is
-    broadcast, never expanded in memory."""
+    broadcast, never expanded in memory. S may be 0, and F with it."""
     groups = m.shape[1]
-    return op(r.unflatten(1, (groups, r.shape[1] // groups)), m.unsqueeze(2)).flatten(1, 2)
+    return op(r.unflatten(1, (groups, r.shape[1] // max(1, groups))), m.unsqueeze(2)).flatten(1, 2)
 
 
 def norm_modulate(
