@@ -1,0 +1,98 @@
+// Matrix products of small float tiles, the core of every attention kernel.
+//
+// C (+)= A·B by outer products: a block of C stays in registers while one column of A is broadcast against one row of B.
+// Nothing is packed here. B and C are read by rows; A either by rows (a row of A makes a row of C) or by columns, so that a
+// transpose never needs to be made.
+#pragma once
+
+#include "simd.h"
+
+namespace hhattn::HHATTN_ISA {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline constexpr int kParts = kLanes / 8;  // registers a vector takes
+#else
+inline constexpr int kParts = 1;
+#endif
+
+// A block of C is kColumns vectors wide, or what is left of it, and as many rows high as fit the registers.
+inline constexpr int kColumns = (kRegisters == 32 ? 4 : 2) / kParts;
+constexpr int block_rows(int columns) {
+  return columns * kParts == 4 ? 6 : columns * kParts == 3 ? 8 : kRegisters == 32 ? 12 : columns * kParts == 2 ? 6 : 10;
+}
+
+// Element (row, k) of A is at row·stride + k, or at k·stride + row.
+enum class A { by_rows, by_columns };
+
+// C [M, NV vectors] (+)= A [M, depth] · B [depth, NV vectors].
+template <int M, int NV, A kind, bool add>
+inline void multiply_block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  using V = Vec<kLanes>;
+  V sums[M][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sums[i][j] = add ? read<V>(c + i * ldc + j * kLanes) : V{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V row[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) row[j] = read<V>(b + k * ldb + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const float x = kind == A::by_rows ? a[i * lda + k] : a[k * lda + i];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sums[i][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) memcpy(c + i * ldc + j * kLanes, &sums[i][j], sizeof(V));
+  }
+}
+
+// The last rows, fewer than a block has: as one block of just that height.
+template <int M, int NV, A kind, bool add>
+inline void multiply_rest(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                          int64_t ldc) {
+  if constexpr (M > 0) {
+    if (rows == M) return multiply_block<M, NV, kind, add>(depth, a, lda, b, ldb, c, ldc);
+    multiply_rest<M - 1, NV, kind, add>(rows, depth, a, lda, b, ldb, c, ldc);
+  }
+}
+
+template <int NV, A kind, bool add>
+inline void multiply_panel(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                           int64_t ldc) {
+  constexpr int M = block_rows(NV);
+  const int64_t step = kind == A::by_rows ? lda : 1;
+  int64_t i = 0;
+  for (; i + M <= rows; i += M) multiply_block<M, NV, kind, add>(depth, a + i * step, lda, b, ldb, c + i * ldc, ldc);
+  multiply_rest<M - 1, NV, kind, add>(rows - i, depth, a + i * step, lda, b, ldb, c + i * ldc, ldc);
+}
+
+// C [rows, columns] (+)= A [rows, depth] · B [depth, columns]. `columns` is a multiple of kLanes.
+template <A kind, bool add>
+inline void multiply(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
+                     float* c, int64_t ldc) {
+  for (int64_t left = columns / kLanes, width = 0; left > 0; left -= width, b += width * kLanes, c += width * kLanes) {
+    // five vectors are three and two: one alone would leave the multipliers waiting for their sums
+    width = left > kColumns ? (left == kColumns + 1 && kColumns > 2 ? kColumns - 1 : kColumns) : left;
+    if constexpr (kColumns >= 4) {
+      if (width == 4) multiply_panel<4, kind, add>(rows, depth, a, lda, b, ldb, c, ldc);
+      if (width == 3) multiply_panel<3, kind, add>(rows, depth, a, lda, b, ldb, c, ldc);
+    }
+    if constexpr (kColumns >= 2) {
+      if (width == 2) multiply_panel<2, kind, add>(rows, depth, a, lda, b, ldb, c, ldc);
+    }
+    if (width == 1) multiply_panel<1, kind, add>(rows, depth, a, lda, b, ldb, c, ldc);
+  }
+}
+
+}  // namespace hhattn::HHATTN_ISA
