@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hhattn.ops import _check
+
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast wants on ``device``, or None where it is off or unknown (the meta device)."""
@@ -15,10 +17,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in autocast's dtype, as torch's own attention casts q, k and v; unchanged where it is off."""
-    dtype = autocast_dtype(tensors[0].device)
-    return tensors if dtype is None else tuple(x.to(dtype) for x in tensors)
+def cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in autocast's dtype where it is on; float64 stays float64, both as in torch's own attention.
+
+    Raises TypeError unless the three come out in one dtype.
+    """
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
+        q, k, v = (x.to(dtype) if x.dtype in _check.DTYPES else x for x in (q, k, v))
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype, one dtype for q, k and v, {q.dtype}, got {x.dtype}")
+    return q, k, v
 
 
 def off(device: torch.device) -> AbstractContextManager[object]:

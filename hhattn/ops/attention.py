@@ -30,12 +30,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
         RuntimeError: ``use_impl`` or HHATTN_IMPL names an implementation that can't run this call.
     """
-    q, k, v = _amp.cast(q, k, v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check.tensor(name, x, 4)
         _check.device(name, x, "q", q)
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype, {q.dtype}, got {x.dtype}")
+    q, k, v = _amp.cast(q, k, v)
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
     _check.shape("k", k, (q.shape[0], k.shape[1], k.shape[2], q.shape[3]), "[B, Sk, H_kv, D]")

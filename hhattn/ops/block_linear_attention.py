@@ -60,13 +60,12 @@ class LinearAttentionState(NamedTuple):
         return LinearAttentionState(kv, self.k_sum)
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v that fit one another, in autocast's dtype where it is on."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.dtype != q.dtype:
+        if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"{name} must be a tensor of float32, float16 or bfloat16, one dtype for q, k and v, got {came}"
-            )
+            raise TypeError(f"{name} must be a tensor of float32, float16 or bfloat16, got {came}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
         _check.device(name, x, "q", q)
@@ -74,6 +73,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
     _check.shape("k", k, (*q.shape[:2], k.shape[2], q.shape[3]), "[B, S, H_kv, D]")
     _check.shape("v", v, (*k.shape[:3], v.shape[3]), "[B, S, H_kv, Dv]")
+    return _amp.cast(q, k, v)
 
 
 def _check_chunks(chunk_lens: int | Sequence[int] | None, tokens: int) -> int:
@@ -177,8 +177,8 @@ def block_linear_attention(
 
     Args:
         q: [B, S, H, D]; k: [B, S, H_kv, D]; v: [B, S, H_kv, Dv], H a multiple of H_kv. float32, float16 or bfloat16
-            (float64 for checking gradients); sums are float32 whatever the input. Under autocast they are cast to its
-            dtype, as for torch's own attention.
+            (float64 for checking gradients), one dtype for the three; sums are float32 whatever the input. Under
+            autocast they are cast to its dtype, float64 excepted, as for torch's own attention.
         chunk_lens: None, one chunk: bidirectional attention; an int, that many tokens a chunk, the last may be shorter;
             or a list of lengths that sum to S. Host integers, so that no device is waited for.
         rope: (cos, sin), each [S, D], interleaved pairs, each frequency standing twice. It turns ψ(q) and ψ(k) in the
@@ -206,8 +206,7 @@ def block_linear_attention(
 
     Source: SANA-Video (Chen et al., 2025, arXiv:2509.24695), linear attention and block linear attention.
     """
-    q, k, v = _amp.cast(q, k, v)
-    _check_tensors(q, k, v)
+    q, k, v = _checked(q, k, v)
     _check.one_of("feature_map", feature_map, FEATURE_MAPS)
     _check.one_of("numerator_map", numerator_map, (None, *FEATURE_MAPS))
     _check.eps(eps)

@@ -41,13 +41,13 @@ def block_sparse_attention(
     Args:
         q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; D, Dv ≤ 256, H a multiple of H_kv. float32, float16
             or bfloat16 (float64 for checking gradients), one dtype for the three; under autocast they are cast to its
-            dtype, as for torch's own attention.
+            dtype, float64 excepted, as for torch's own attention.
         mask: for Sq queries and Sk keys; batch B or 1, heads H or 1.
         scale: of the scores; None is 1 / sqrt(D).
         return_lse: also return lse [B, H, Sq], natural logarithm, float32 (float64 for float64). It is differentiable.
         order: the order q, k, v are in, "raster" or "tile"; out and lse come in the same. None is the mask's own.
-        Another
-            than the mask's needs a mask made from a :class:`hhattn.VideoLayout`, which converts on the way in and out.
+            Another than the mask's needs a mask made from a :class:`hhattn.VideoLayout`, which converts on the way in
+            and out.
         impl: "reference", ...; None chooses.
 
     Returns:
@@ -87,16 +87,13 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
         if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head dim of 1 ... {MAX_HEAD_DIM}, got {x.shape[3]}")
     q, k, v = _amp.cast(q, k, v)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
-            raise TypeError(
-                f"{name} must be one of {', '.join(str(d) for d in _DTYPES)} and of q's dtype, {q.dtype}, got {x.dtype}"
-            )
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's batch and head dim, {q.shape[0]} and {q.shape[3]}, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
