@@ -368,6 +368,29 @@ REFUSED = [
     ({"eps": -1.0}, ValueError, "eps"),
     ({"initial_state": (torch.zeros(2, 4, 6, 5), torch.zeros(2, 4, 6))}, ValueError, "initial_state.kv"),
     ({"initial_state": (torch.zeros(2, 4, 6, 6), torch.zeros(2, 4, 5))}, ValueError, "initial_state.k_sum"),
+    ({"q": Q.tolist()}, TypeError, "q must be a tensor"),
+    (
+        {"q": torch.zeros(2, 8, 4, 257), "k": torch.zeros(2, 8, 4, 257)},
+        ValueError,
+        "q must have a head dim of 1 ... 256",
+    ),
+    ({"v": torch.zeros(2, 8, 4, 257)}, ValueError, "v must have a head dim of 1 ... 256, got 257"),
+    ({"decay": 0.9}, TypeError, "decay must be a torch.Tensor, got float"),
+    ({"decay": torch.tensor(0.9)}, ValueError, "decay must have shape"),
+    ({"decay": torch.ones(4, dtype=torch.int64)}, TypeError, "decay must have a floating dtype, got int64"),
+    ({"key_gate": [1.0]}, TypeError, "key_gate must be a torch.Tensor, got list"),
+    ({"key_gate": Q[..., 0].bool()}, TypeError, "key_gate must have a floating dtype, got bool"),
+    ({"initial_state": (Q,)}, TypeError, "initial_state must be a LinearAttentionState, .* got tuple of 1"),
+    ({"initial_state": Q}, TypeError, "initial_state must be a LinearAttentionState, .* got Tensor"),
+    ({"initial_state": (None, None)}, TypeError, "initial_state.kv must be a torch.Tensor, got NoneType"),
+    ({"initial_state": (Q[0, 0, 0, 0], Q)}, ValueError, "initial_state.kv must have 4"),
+    ({"eps": math.nan}, ValueError, "eps=nan must not be negative, infinite or NaN"),
+    ({"eps": math.inf}, ValueError, "eps=inf must not be"),
+    ({"eps": "1"}, TypeError, "eps must be a number, got str"),
+    ({"rope": Q[0, :, 0]}, TypeError, r"rope must be a pair \(cos, sin\) or None, got Tensor"),
+    ({"rope": (Q[0, :, 0],)}, TypeError, r"rope must be a pair \(cos, sin\) or None, got tuple of 1"),
+    ({"rope": ([1.0], [0.0])}, TypeError, "rope: cos must be a torch.Tensor, got list"),
+    ({"rope": (Q[0, :, 0], Q[0, :, 0].int())}, TypeError, "rope: sin must have a floating dtype, got int32"),
     ({"impl": "fast"}, ValueError, "impl='fast'"),
     ({"impl": "flash"}, RuntimeError, "no such implementation"),
 ]
@@ -380,6 +403,16 @@ def test_refuses(changed: dict[str, object], error: type[Exception], message: st
     arguments = {"q": Q, "k": Q, "v": Q} | changed
     with pytest.raises(error, match=message):
         block_linear_attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+def test_rebase_refuses_what_it_cannot_turn() -> None:
+    even = LinearAttentionState(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4))
+    with pytest.raises(TypeError, match=r"cos must be a torch\.Tensor, got list"):
+        even.rebase([1.0], torch.zeros(4))
+    with pytest.raises(ValueError, match=r"sin must have shape \[D\] = \(4,\)"):
+        even.rebase(torch.zeros(4), torch.zeros(6))
+    with pytest.raises(ValueError, match="even head dim, got D = 5"):
+        LinearAttentionState(torch.zeros(1, 1, 5, 3), torch.zeros(1, 1, 5)).rebase(torch.zeros(5), torch.zeros(5))
 
 
 def test_odd_head_dim_only_refuses_rope() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,14 @@ def tensor(name: str, value: object, ndim: int) -> None:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {str(value.dtype).removeprefix('torch.')}")
     if value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(value.shape)}")
+
+
+def floating(name: str, value: object) -> None:
+    """``value`` is a tensor of some floating dtype, for arguments that are converted to the dtype of the sums."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {str(value.dtype).removeprefix('torch.')}")
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], meaning: str) -> None:
@@ -39,8 +48,8 @@ def one_of(name: str, value: object, accepted: Sequence[object]) -> None:
 
 
 def eps(value: float) -> None:
-    """``value`` is a number that is not negative."""
+    """``value`` is a finite number that is not negative."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"eps must be a number, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"eps={value!r} must not be negative")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps={value!r} must not be negative, infinite or NaN")

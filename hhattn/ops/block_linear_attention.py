@@ -16,6 +16,7 @@ OP = "block_linear_attention"
 FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
 # float64 too, so that gradients can be checked against finite differences
 _DTYPES = (*_check.DTYPES, torch.float64)
+MAX_HEAD_DIM = 256
 
 _dispatch.register(OP, "reference")(_reference.block_linear_attention)
 
@@ -49,10 +50,13 @@ class LinearAttentionState(NamedTuple):
 
             state = state.rebase(*hhattn.rope_3d((1, 1, 1), head_dim, offset=(frames, 0, 0)))
 
-        Raises ValueError if the tables don't have the state's D.
+        Raises TypeError or ValueError if the tables aren't floating tensors with the state's D, which must be even.
         """
         dim = self.kv.shape[-2]
+        if dim % 2:
+            raise ValueError(f"rebase turns pairs, so the state must have an even head dim, got D = {dim}")
         for name, table in (("cos", cos), ("sin", sin)):
+            _check.floating(name, table)
             if tuple(table.shape) not in {(dim,), (1, dim)}:
                 raise ValueError(f"{name} must have shape [D] = ({dim},) or [1, D], got {tuple(table.shape)}")
         cos, sin = (table.reshape(dim).to(self.kv.device) for table in (cos, sin))
@@ -68,6 +72,8 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             raise TypeError(f"{name} must be a tensor of float32, float16 or bfloat16, got {came}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have shape [B, S, H, D], got {tuple(x.shape)}")
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head dim of 1 ... {MAX_HEAD_DIM}, got {x.shape[3]}")
         _check.device(name, x, "q", q)
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
@@ -92,21 +98,30 @@ def _check_chunks(chunk_lens: int | Sequence[int] | None, tokens: int) -> int:
     return max(1, len(chunk_lens))
 
 
+def _check_pair(name: str, value: object, accepted: str) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+        raise TypeError(f"{name} must be {accepted} or None, got {type(value).__name__}{length}")
+
+
 def _check_rope(rope: tuple[Tensor, Tensor] | None, q: Tensor) -> None:
     if rope is None:
         return
     if q.shape[3] % 2:
         raise ValueError(f"rope turns pairs, so q must have an even head dim, got D = {q.shape[3]}")
+    _check_pair("rope", rope, "a pair (cos, sin)")
     for name, table in zip(("cos", "sin"), rope, strict=True):
+        _check.floating(f"rope: {name}", table)
         _check.shape(f"rope: {name}", table, (q.shape[1], q.shape[3]), "[S, D]")
         _check.device(f"rope: {name}", table, "q", q)
 
 
 def _per_query_head(name: str, x: Tensor, dim: int, heads: int, kv_heads: int) -> Tensor:
     """``x`` with q's number of heads along ``dim``; what is given per key head counts for its group of query heads."""
-    if x.shape[dim] == heads:
+    came = x.shape[dim] if x.ndim > dim else 0
+    if came == heads:
         return x
-    if x.shape[dim] == kv_heads:
+    if came == kv_heads:
         return x.repeat_interleave(heads // kv_heads, dim)
     raise ValueError(f"{name} must have {heads} (or {kv_heads}) heads along dim {dim}, got shape {tuple(x.shape)}")
 
@@ -114,6 +129,7 @@ def _per_query_head(name: str, x: Tensor, dim: int, heads: int, kv_heads: int) -
 def _check_gate(gate: Tensor | None, q: Tensor, kv_heads: int) -> None:
     if gate is None:
         return
+    _check.floating("key_gate", gate)
     if gate.ndim != 3 or gate.shape[:2] != q.shape[:2] or gate.shape[2] not in (q.shape[2], kv_heads):
         raise ValueError(f"key_gate must have shape [B, S, H] = {tuple(q.shape[:3])}, got {tuple(gate.shape)}")
     _check.device("key_gate", gate, "q", q)
@@ -123,6 +139,7 @@ def _chunk_decay(decay: Tensor | None, q: Tensor, kv_heads: int, chunks: int) ->
     """[H] or [B, n_chunks, H] -> [B, H, n_chunks]."""
     if decay is None:
         return None
+    _check.floating("decay", decay)
     batch, heads = q.shape[0], q.shape[2]
     if decay.ndim not in (1, 3) or (decay.ndim == 3 and decay.shape[:2] != (batch, chunks)):
         expected = f"[H] = ({heads},) or [B, n_chunks, H] = {(batch, chunks, heads)}"
@@ -136,11 +153,13 @@ def _carried(state: tuple[Tensor, Tensor] | None, q: Tensor, v: Tensor) -> tuple
     """The initial state with q's heads, in the dtype of the sums."""
     if state is None:
         return None
+    _check_pair("initial_state", state, "a LinearAttentionState, a pair (kv, k_sum)")
     batch, _, heads, dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rest = {"kv": (dim, v.shape[3]), "k_sum": (dim,)}
     carried = []
     for (name, expected), x in zip(rest.items(), state, strict=True):
+        _check.floating(f"initial_state.{name}", x)
         x = _per_query_head(f"initial_state.{name}", x, 1, heads, v.shape[2])
         _check.shape(f"initial_state.{name}", x, (batch, heads, *expected), f"[B, H, D{', Dv' * (name == 'kv')}]")
         _check.device(f"initial_state.{name}", x, "q", q)
@@ -176,9 +195,9 @@ def block_linear_attention(
     SANA-Video 1.0 is the default setting; 2.0 is ``numerator_map="identity"``, ``key_gate=σ(β)``, ``eps=1e-8``.
 
     Args:
-        q: [B, S, H, D]; k: [B, S, H_kv, D]; v: [B, S, H_kv, Dv], H a multiple of H_kv. float32, float16 or bfloat16
-            (float64 for checking gradients), one dtype for the three; sums are float32 whatever the input. Under
-            autocast they are cast to its dtype, float64 excepted, as for torch's own attention.
+        q: [B, S, H, D]; k: [B, S, H_kv, D]; v: [B, S, H_kv, Dv]; D, Dv ≤ 256, H a multiple of H_kv. float32, float16
+            or bfloat16 (float64 for checking gradients), one dtype for the three; sums are float32 whatever the input.
+            Under autocast they are cast to its dtype, float64 excepted, as for torch's own attention.
         chunk_lens: None, one chunk: bidirectional attention; an int, that many tokens a chunk, the last may be shorter;
             or a list of lengths that sum to S. Host integers, so that no device is waited for.
         rope: (cos, sin), each [S, D], interleaved pairs, each frequency standing twice. It turns ψ(q) and ψ(k) in the
