@@ -3,12 +3,18 @@
 Order of authority: ``impl=`` of the call, then :func:`use_impl`, then the environment variable ``HHATTN_IMPL``, then
 the first implementation of :data:`ORDER` that accepts the call. An explicit choice that cannot run raises with its
 reason; an automatic choice falls through and logs the reason once.
+
+A compiled function chooses while it is traced. It is guarded by :func:`use_impl`, inside the function or around its
+call, and by ``impl=``: under another choice it is traced again. Dynamo doesn't guard the environment: set HHATTN_IMPL
+before the first call, for a function compiled under another value may keep it until ``torch.compiler.reset()``. What
+``torch.export`` makes keeps its choice for good.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +42,16 @@ class Impl:
     can_run: Callable[..., str | None]
 
 
+class _Forced(threading.local):
+    """What :func:`use_impl` asks for in this thread. Not a context variable: Dynamo can't trace one, and would not see
+    a compiled function's choice change. Set in ``__init__``, because Dynamo doesn't guard a default of the class."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
 _registry: dict[str, dict[str, Impl]] = {}
-_forced: list[str | None] = [None]
+_forced = _Forced()
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -73,14 +87,17 @@ def _check_name(name: str, source: str) -> str:
 def use_impl(name: str | None) -> Iterator[None]:
     """Within the block every hhattn op runs on implementation ``name`` ("reference", "cpp", "triton", "cuda", "flash";
     None restores the automatic choice). Raises ValueError for an unknown name, and the op raises if ``name`` can't run
-    it."""
+    it.
+
+    It holds in the thread that entered it, and in no other; HHATTN_IMPL is for all. Coroutines of one event loop share
+    a thread: don't ``await`` within the block, or give ``impl=`` to the ops instead."""
     if name is not None:
         _check_name(name, "use_impl")
-    before, _forced[0] = _forced[0], name
+    before, _forced.name = _forced.name, name
     try:
         yield
     finally:
-        _forced[0] = before
+        _forced.name = before
 
 
 def _log_fallback(op: str, name: str, reason: str) -> None:
@@ -100,8 +117,8 @@ def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
     chosen: str | None
     if impl is not None:
         chosen, source = _check_name(impl, "impl"), "impl"
-    elif _forced[0] is not None:
-        chosen, source = _forced[0], "use_impl"
+    elif _forced.name is not None:
+        chosen, source = _forced.name, "use_impl"
     else:
         env = os.environ.get("HHATTN_IMPL", "")
         chosen, source = (_check_name(env, "HHATTN_IMPL"), "HHATTN_IMPL") if env else (None, "")

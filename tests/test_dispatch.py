@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 import hhattn
 from hhattn import _dispatch
@@ -77,6 +80,78 @@ def test_an_automatic_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) 
             _dispatch.call(OP, None, 10)
     messages = [r.getMessage() for r in caplog.records]
     assert messages == [f"hhattn.{OP}: cuda not used: no GPU here", f"hhattn.{OP}: cpp not used: n is large"]
+
+
+def in_a_thread(run: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def test_each_thread_chooses_for_itself() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> str:
+        with hhattn.use_impl("flash"):
+            inside.set()
+            leave.wait(10)
+            return _dispatch.call(OP, None, 1)
+
+    with ThreadPoolExecutor(1) as pool, hhattn.use_impl("reference"):
+        theirs = pool.submit(other)
+        assert inside.wait(10)
+        assert _dispatch.call(OP, None, 1) == "reference"
+        leave.set()
+        assert theirs.result() == "flash"
+        assert pool.submit(_dispatch.call, OP, None, 1).result() == "cpp"
+        assert _dispatch.call(OP, None, 1) == "reference"
+
+
+@pytest.fixture
+def add_a_number() -> Iterator[Callable[[Tensor], Tensor]]:
+    """An op whose result tells which implementation ran: automatic 1, reference 2."""
+    _dispatch.register("add_a_number", "cpp")(lambda x: x + 1)
+    _dispatch.register("add_a_number", "reference")(lambda x: x + 2)
+    torch._dynamo.reset()
+    yield lambda x: _dispatch.call("add_a_number", None, x)
+    del _dispatch._registry["add_a_number"]
+
+
+def test_a_compiled_function_follows_the_choice_around_its_call(add_a_number: Callable[[Tensor], Tensor]) -> None:
+    compiled = torch.compile(add_a_number, fullgraph=True, backend="eager")
+    x = torch.zeros(2)
+    for name, expected in ((None, 1), ("reference", 2), ("cpp", 1), ("reference", 2), (None, 1)):
+        with hhattn.use_impl(name):
+            assert compiled(x)[0] == expected
+            assert in_a_thread(lambda: compiled(x)[0]) == 1
+    with hhattn.use_impl("cuda"), pytest.raises(RuntimeError, match="cuda"):
+        compiled(x)
+
+
+def test_a_compiled_function_may_choose_within(add_a_number: Callable[[Tensor], Tensor]) -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with hhattn.use_impl("reference"):
+            inside = add_a_number(x)
+            with hhattn.use_impl(None):
+                nested = add_a_number(x)
+        return inside, nested, add_a_number(x)
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert [y[0].item() for y in compiled(torch.zeros(2))] == [2, 1, 1]
+    with hhattn.use_impl("reference"):
+        assert [y[0].item() for y in compiled(torch.zeros(2))] == [2, 1, 2]
+    assert add_a_number(torch.zeros(2))[0] == 1
+
+
+def test_a_function_is_compiled_for_the_environment(
+    add_a_number: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = torch.compile(add_a_number, fullgraph=True, backend="eager")
+    for name, expected in (("", 1), ("reference", 2), ("", 1)):
+        monkeypatch.setenv("HHATTN_IMPL", name)
+        torch.compiler.reset()
+        assert compiled(torch.zeros(2))[0] == expected
+        with hhattn.use_impl("cpp"):
+            assert compiled(torch.zeros(2))[0] == 1
 
 
 def test_the_choice_is_traced() -> None:
