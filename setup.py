@@ -91,8 +91,8 @@ class BuildNative(build_ext):
         import pybind11
 
         torch_flags = [*STABLE_ABI, "-isystem", str(torch / "include")]
-        jobs = [("csrc/ops.cpp", "ops", torch_flags), ("csrc/cpu/isa.cpp", "isa", [])]
-        jobs.append(("csrc/python.cpp", "python", ["-isystem", pybind11.get_include()]))
+        jobs = [("csrc/cpu/isa.cpp", "isa", []), ("csrc/python.cpp", "python", ["-isystem", pybind11.get_include()])]
+        jobs += [(str(p.relative_to(ROOT)), p.stem, torch_flags) for p in sorted((ROOT / "csrc/ops").glob("*.cpp"))]
         for isa, flags in ISAS.get(MACHINE, {"baseline": []}).items():
             jobs.append(("csrc/cpu/kernels.cpp", isa, [*flags, f"-DHHATTN_ISA={isa}"]))
 

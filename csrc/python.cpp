@@ -3,12 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
-#include "ops.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of hhattn; importing this registers torch.ops.hhattn.";
   hhattn::kernels();  // an unknown HHATTN_CPU_ISA is refused now, not in the middle of a run
-  m.def("ops", &hhattn::op_names, "Names of the ops registered under torch.ops.hhattn.");
   m.def("cpu_isa", [] { return std::string(hhattn::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("cpu_lanes", [] { return hhattn::kernels().lanes; }, "Floats in a vector of the kernels in use.");
   m.def("cpu_isas", &hhattn::isas, "(name, runs on this CPU) of every instruction set built in, narrowest first.");

@@ -24,7 +24,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _module, _reason = _load()
-_ops = frozenset(_module.ops()) if _module else frozenset()
 
 
 def why_missing() -> str | None:
@@ -37,8 +36,3 @@ def library() -> ModuleType:
     if _module is None:
         raise RuntimeError(f"hhattn: {_reason}")
     return _module
-
-
-def has_op(name: str) -> bool:
-    """Whether the loaded library registers ``torch.ops.hhattn.<name>``."""
-    return name in _ops

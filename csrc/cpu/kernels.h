@@ -68,6 +68,60 @@ struct NormRope {
   int64_t scratch() const { return 3 * heads * dim + 2 * dim; }
 };
 
+// [B, S, H, D].
+struct Heads {
+  In in;
+  int64_t batch = 0, token = 0, head = 0;
+};
+
+// A BlockMask's lists of one batch entry and head: `partial` of the key blocks have bits, the others are attended whole.
+struct BlockRow {
+  const int32_t *columns = nullptr, *tiles = nullptr, *full_columns = nullptr;
+  int64_t partial = 0, full = 0;
+};
+
+struct BlockMask {
+  const int32_t *counts = nullptr, *columns = nullptr, *tiles = nullptr, *full_counts = nullptr, *full_columns = nullptr;
+  const uint8_t* bits = nullptr;  // [tiles, bq, ceil(bk / 8)]
+  int64_t batches = 1, heads = 1, width = 0, full_width = 0;
+  int64_t bq = 0, bk = 0, nq = 0, nk = 0;
+
+  int64_t row_index(int64_t b, int64_t h, int64_t i) const {
+    return ((batches == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h)) * nq + i;
+  }
+  BlockRow row(int64_t b, int64_t h, int64_t i) const {
+    const int64_t at = row_index(b, h, i);
+    return {columns + at * width, tiles + at * width, full_columns + at * full_width, counts[at], full_counts[at]};
+  }
+  const uint8_t* tile(int64_t number) const { return bits + number * bq * ((bk + 7) / 8); }
+};
+
+// out_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the mask's pairs; out is contiguous [B, Sq, H, Dv], lse [B, H, Sq].
+struct BlockSparse {
+  Heads q, k, v;
+  BlockMask mask;
+  Out out;
+  float* lse = nullptr;
+  int64_t q_len = 0, k_len = 0, heads = 0, kv_heads = 0, dim = 0, v_dim = 0;
+  float scale = 0;
+};
+
+// One query block's turn in a key block's list: tile -1 is a full block, `rank` counts the row's blocks before this one.
+struct ColumnEntry {
+  int32_t row, tile, rank;
+};
+
+// Gradients of BlockSparse. dq is float32 and padded, [B, H, nq·bq, D up to whole vectors], unless it can be written in place.
+struct BlockSparseBackward {
+  BlockSparse forward;  // out is read
+  Heads dout, dlse;     // dlse [B, H, Sq]: token and head strides
+  Out dq, dk, dv;       // contiguous
+  float *delta = nullptr, *dq_sum = nullptr;
+  int32_t* turns = nullptr;  // [B, H, nq]: contributions that dq has got
+  const ColumnEntry* entries = nullptr;
+  const int64_t* offsets = nullptr;  // [mask batches, mask heads, nk + 1] into entries
+};
+
 // The kernels as compiled for one instruction set. Each works on the rows [begin, end) of B·S.
 struct Kernels {
   const char* isa;

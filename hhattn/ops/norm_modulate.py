@@ -107,10 +107,8 @@ _dispatch.register(OP, "reference")(_reference)
 
 
 def _cpp_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:
-    if not _ext.has_op(OP):
-        return _ext.why_missing()
-    if x is None:
-        return None
+    if (reason := _ext.why_missing()) or x is None:
+        return reason
     if x.device.type != "cpu":
         return f"x is on {x.device}; cpp runs on the CPU"
     names = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
@@ -199,6 +197,6 @@ def _backward(ctx: Any, grad_y: Tensor, grad_r: Tensor) -> tuple[Tensor | None, 
     return grad_x, grad_scale, grad_shift, grad_weight, grad_bias, g.to(residual.dtype), grad_gate, None, None
 
 
-if _ext.has_op(OP):
+if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::norm_modulate", _fake)
     torch.library.register_autograd("hhattn::norm_modulate", _backward, setup_context=_setup)

@@ -168,10 +168,8 @@ _dispatch.register(OP, "reference")(_reference)
 
 
 def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
-    if not _ext.has_op(OP):
-        return _ext.why_missing()
-    if q is None:
-        return None
+    if (reason := _ext.why_missing()) or q is None:
+        return reason
     if q.device.type != "cpu":
         return f"q is on {q.device}; cpp runs on the CPU"
     names = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
@@ -266,6 +264,6 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     return dq, dk, d_cos, d_sin, dq_weight, dk_weight, dq_bias, dk_bias, None, None, None, None, None, None
 
 
-if _ext.has_op(OP):
+if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::qk_norm_rope", _fake)
     torch.library.register_autograd("hhattn::qk_norm_rope", _backward, setup_context=_setup)

@@ -1,0 +1,124 @@
+// Tiles of tokens: rows of [B, S, H, D] as float matrices, and the bits of a mask's tile.
+#pragma once
+
+#include "simd.h"
+
+namespace hhattn::HHATTN_ISA {
+
+inline constexpr float kLog2E = 1.44269504088896340736f;
+
+inline int64_t std_min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t std_max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Tile {
+  const float* data;
+  int64_t stride, rows;
+};
+
+// n elements from `at` times `factor`, as floats.
+inline void load_scaled(const In& in, int64_t at, int64_t n, float factor, float* to) {
+  load_row(in, at, n, 0, to);
+  sweep(n, [&](int64_t i, auto w) {
+    constexpr int N = decltype(w)::value;
+    F32::store<N>(to + i, F32::load<N>(to + i) * factor);
+  });
+}
+
+// `rows` tokens of one head: where they stand if they are floats and D is a multiple of `multiple`, else copied to `copy`, each
+// filled with zeros up to whole vectors.
+inline Tile load_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, int64_t multiple,
+                      float* copy) {
+  const int64_t at = b * x.batch + token * x.token + h * x.head, width = round_up(dim, kLanes);
+  if (x.in.dtype == DType::f32 && dim % multiple == 0) return {static_cast<const float*>(x.in.data) + at, x.token, rows};
+  for (int64_t r = 0; r < rows; ++r) {
+    load_row(x.in, at + r * x.token, dim, 0, copy + r * width);
+    for (int64_t d = dim; d < width; ++d) copy[r * width + d] = 0;
+  }
+  return {copy, width, rows};
+}
+
+// `rows` tokens of one head, times `factor`, as columns: to [dim, columns], zeros beyond the rows.
+inline void load_columns(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float factor,
+                         int64_t columns, float* to) {
+  float row[256];
+  memset(to, 0, dim * columns * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    load_scaled(x.in, b * x.batch + (token + r) * x.token + h * x.head, dim, factor, row);
+    for (int64_t d = 0; d < dim; ++d) to[d * columns + r] = row[d];
+  }
+}
+
+// x [rows, width], whole vectors, into rows of n elements at `at`, `stride` apart.
+inline void store_rows(const Out& out, int64_t at, int64_t stride, int64_t rows, int64_t n, const float* x, int64_t width) {
+  with_dtype(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t r = 0; r < rows; ++r) {
+      auto* to = static_cast<typename T::Element*>(out.data) + at + r * stride;
+      sweep(n, [&](int64_t d, auto w) {
+        constexpr int N = decltype(w)::value;
+        T::template store<N>(to + d, F32::load<N>(x + r * width + d));
+      });
+    }
+  });
+}
+
+// Row r of x [rows, width] times factors[r].
+inline void scale_rows(const float* factors, int64_t rows, int64_t width, float* x) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (factors[r] == 1.0f) continue;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      float* at = x + r * width + d;
+      F32::store<kLanes>(at, F32::load<kLanes>(at) * factors[r]);
+    }
+  }
+}
+
+// Whether no element is an infinity or a NaN.
+inline bool all_finite(const Tile& x, int64_t width) {
+  Vec<kLanes> zeros = {};
+  for (int64_t r = 0; r < x.rows; ++r) {
+    for (int64_t d = 0; d < width; d += kLanes) zeros += F32::load<kLanes>(x.data + r * x.stride + d) * 0.0f;
+  }
+  return sum<kLanes>(zeros) == 0;
+}
+
+inline int64_t column_of(const BlockRow& row, int64_t entry) {
+  return entry < row.partial ? row.columns[entry] : row.full_columns[entry - row.partial];
+}
+
+// The bits of a tile [bq, bk] by key: kept [bk up to 8, queries up to 8], bit i of a key's row for query i.
+inline void transpose_bits(const uint8_t* tile, int64_t bq, int64_t bk, int64_t queries, uint8_t* kept) {
+  const int64_t bytes = (bk + 7) / 8, out_bytes = round_up(queries, 8) / 8;
+  for (int64_t i = 0; i < out_bytes; ++i) {
+    for (int64_t j = 0; j < bytes; ++j) {
+      uint64_t x = 0;
+      for (int64_t r = 0; r < 8 && i * 8 + r < bq; ++r) x |= uint64_t{tile[(i * 8 + r) * bytes + j]} << 8 * r;
+      // transpose 8x8 bits: swap single bits, then pairs, then fours
+      uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
+      x ^= t ^ t << 7;
+      t = (x ^ x >> 14) & 0x0000cccc0000ccccull;
+      x ^= t ^ t << 14;
+      t = (x ^ x >> 28) & 0x00000000f0f0f0f0ull;
+      x ^= t ^ t << 28;
+      for (int64_t r = 0; r < 8; ++r) kept[(j * 8 + r) * out_bytes + i] = static_cast<uint8_t>(x >> 8 * r);
+    }
+  }
+}
+
+template <int... I>
+constexpr VecU<kLanes> weights_of(std::integer_sequence<int, I...>) {
+  return VecU<kLanes>{(1u << I)...};
+}
+// Lane i's bit.
+inline VecU<kLanes> lane_weights() { return weights_of(std::make_integer_sequence<int, kLanes>{}); }
+
+// The kLanes bits from bit i on (a multiple of kLanes) in every lane.
+inline VecU<kLanes> lane_bits(const uint8_t* row, int64_t i) {
+  uint32_t word = row[i / 8];
+  if constexpr (kLanes == 16) word |= uint32_t{row[i / 8 + 1]} << 8;
+  if constexpr (kLanes == 4) word >>= i % 8;
+  return VecU<kLanes>{} + word;
+}
+
+}  // namespace hhattn::HHATTN_ISA

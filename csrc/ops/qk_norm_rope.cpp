@@ -1,0 +1,69 @@
+// Schemas and bindings of qk_norm_rope.
+#include "tensor.h"
+
+namespace hhattn {
+namespace {
+
+// cos or sin for x [B, S, H, D].
+Table table(const OptTensor& t, const Tensor& x, int64_t video, const char* name) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->dim() == 4, name, " must be [1 or B, S_video, 1 or H, D]");
+  check_sizes(*t, {t->size(0) == 1 ? 1 : x.size(0), video, t->size(2) == 1 ? 1 : x.size(2), x.size(3)}, name);
+  return {input(*t, name), step(*t, 0), t->stride(1), step(*t, 2)};
+}
+
+Tensor norm_rope(const Tensor& x, const char* name, NormRope a, const OptTensor& cos, const OptTensor& sin,
+                 const OptTensor& weight, const OptTensor& bias) {
+  STD_TORCH_CHECK(x.dim() == 4, name, " must be [B, S, H, D]");
+  a.cos = table(cos, x, a.video, "cos");
+  a.sin = table(sin, x, a.video, "sin");
+  a.x = input(x, name);
+  a.batch = x.stride(0);
+  a.token = x.stride(1);
+  a.head = x.stride(2);
+  a.tokens = x.size(1);
+  a.heads = x.size(2);
+  a.dim = x.size(3);
+  const int64_t affine = a.across_heads ? a.heads * a.dim : a.dim;
+  a.weight = channels(weight, affine, "weight");
+  a.bias = channels(bias, affine, "bias");
+  Tensor y = empty(x);
+  a.y = output(y);
+  run(kernels().norm_rope, a, x.size(0) * a.tokens, a.heads * a.dim);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const OptTensor& cos, const OptTensor& sin,
+                                        const OptTensor& q_weight, const OptTensor& k_weight,
+                                        const OptTensor& q_bias, const OptTensor& k_bias, int64_t norm,
+                                        bool across_heads, bool interleaved, double eps, int64_t start,
+                                        const OptTensor& order) {
+  STD_TORCH_CHECK(norm >= 0 && norm <= 2, "norm must be 0 (none), 1 (rms) or 2 (layer)");
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(1) == k.size(1), "q and k must be [B, S, H, D] with one S");
+  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin must both be given, or neither");
+  STD_TORCH_CHECK(!order || (order->scalar_type() == torch::headeronly::ScalarType::Long && order->is_contiguous() &&
+                             order->numel() == q.size(1)),
+                  "order must be contiguous int64 [S]");
+  NormRope a;
+  a.norm = static_cast<Norm>(norm);
+  a.across_heads = across_heads;
+  a.interleaved = interleaved;
+  a.eps = static_cast<float>(eps);
+  a.start = start;
+  a.video = cos ? cos->size(1) : 0;
+  a.order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr;
+  STD_TORCH_CHECK(start >= 0 && start + a.video <= q.size(1), "start is out of range");
+  return {norm_rope(q, "q", a, cos, sin, q_weight, q_bias), norm_rope(k, "k", a, cos, sin, k_weight, k_bias)};
+}
+
+}  // namespace
+}  // namespace hhattn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hhattn, m) {
+  m.def(
+      "qk_norm_rope(Tensor q, Tensor k, Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
+      "Tensor? k_bias, int norm, bool across_heads, bool interleaved, float eps, int start, Tensor? order) -> "
+      "(Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hhattn, CPU, m) { m.impl("qk_norm_rope", TORCH_BOX(&hhattn::qk_norm_rope)); }

@@ -1,0 +1,102 @@
+// What every file of ops needs: tensors turned into pointers and strides, work shared among threads. Written against torch's
+// stable ABI, so that one build serves every later torch; only the files beside this one know torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "../cpu/isa.h"
+
+namespace hhattn {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
+  STD_TORCH_CHECK(same, name, " has the wrong shape");
+}
+
+inline In input(const Tensor& t, const char* name) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name, ": the last dim must be contiguous");
+  return {t.const_data_ptr(), dtype_of(t, name)};
+}
+
+inline Out output(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "output")}; }
+
+// A stride that does not move where the size is 1, so that a broadcast dim needs no copy.
+inline int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
+// A tensor [B, S, H, D].
+inline Heads heads(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must be [B, S, H, D]");
+  return {input(t, name), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+inline Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+
+// An affine parameter of n channels.
+inline In channels(const OptTensor& t, int64_t n, const char* name) {
+  if (!t) return {};
+  check_sizes(*t, {n}, name);
+  return input(*t, name);
+}
+
+// Least floats worth a thread of their own.
+inline constexpr int64_t kGrain = 32768;
+
+// Scratch for one thread, on a cache line's edge.
+struct FreeScratch {
+  void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using Scratch = std::unique_ptr<float[], FreeScratch>;
+inline Scratch make_scratch(int64_t floats) {
+  return Scratch(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+}
+
+// f(item, scratch) for every item of [0, count), each thread taking the next one that is left: pieces of uneven cost balance.
+// Items begin in ascending order.
+template <class F>
+void for_each_item(int64_t count, int64_t scratch_floats, const F& f) {
+  if (count == 0) return;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Scratch scratch = make_scratch(scratch_floats);
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item, scratch.get());
+  });
+}
+
+// kernel(args, begin, end, scratch) over `count` rows of `width` floats, in parallel.
+template <class Args>
+void run(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args, int64_t count, int64_t width) {
+  if (count == 0 || width == 0) return;
+  torch::stable::parallel_for(0, count, std::max<int64_t>(kGrain / width, 1), [&](int64_t begin, int64_t end) {
+    const Scratch scratch = make_scratch(args.scratch());
+    kernel(args, begin, end, scratch.get());
+  });
+}
+
+}  // namespace hhattn
