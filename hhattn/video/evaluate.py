@@ -121,12 +121,12 @@ def measure(pipeline: Pipeline, request: Request, marks: tuple[float, ...] = MAR
     last: Tensor | None = None
     shown = 0
     left = [m for m in marks if m <= request.seconds]
-    latent, first = TIME * pipeline.dit.config.chunk, TIME * pipeline.dit.config.chunk + 1
-    ends = {max(0, math.ceil((m * request.fps - first) / latent)) for m in left}  # the chunks that the marks end in
+    whole, lead = TIME * pipeline.dit.config.chunk, TIME - 1  # pictures in a chunk, and how many fewer in the first
+    ends = {math.ceil((m * request.fps + lead) / whole) - 1 for m in left}  # the chunks that the marks end in
     for chunk in pipeline.stream(request, wanted=lambda index: index in ends or index + 1 in ends):
-        shown += min(latent + (chunk.index == 0), request.frames - shown)
+        shown += min(whole - lead * (chunk.index == 0), request.frames - shown)
         pose = chunk.poses.flatten(0, 1)
-        pose = pose[TIME - 1 :] if chunk.index == 0 else pose
+        pose = pose[lead:] if chunk.index == 0 else pose
         path.append(pose[:, :2])
         if not len(chunk.frames):
             last = None

@@ -109,11 +109,10 @@ class Pipeline:
         memory: Memory | None = None
         decoder: DecoderState | None = None
         chance = torch.Generator().manual_seed(request.seed)
-        done, index, start, dropped = 0, 0, 0, 0
+        done, index, dropped, count = 0, 0, 0, self.dit.config.chunk  # no chunk of another length was trained
         while done < request.frames:
             clock = Stopwatch()
-            count = self.dit.config.chunk + (index == 0)
-            times = self._times(start, count, request.fps)
+            times = self._times(index * count, count, request.fps)
             past = dropped * KNOT_SECONDS
             knots = self._extend(knots, float(times[-1, -1]) - past, words, request.sampling, chance)
             poses = interpolate(knots, times.flatten() - past).view(1, count, TIME, 4)
@@ -130,7 +129,7 @@ class Pipeline:
                 frames, decoder = torch.empty(0, *size.output, 3, dtype=torch.uint8), self.codec.skip(latents)
             clock.lap("decode")
             yield Chunk(index, frames[:made], latents, poses[0], clock.laps)
-            done, index, start = done + made, index + 1, start + count
+            done, index = done + made, index + 1
             if knots.shape[1] > 4 * CONTEXT:  # the prior looks back 2·CONTEXT knots; older ones are forgotten
                 knots, dropped = knots[:, CONTEXT:], dropped + CONTEXT
 
