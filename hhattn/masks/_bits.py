@@ -30,6 +30,16 @@ def popcount(tiles: Tensor) -> Tensor:
     return torch.cat(counts) if counts else tiles.new_zeros(0, dtype=torch.int64)
 
 
+def unique_numbers(x: Tensor, bound: int) -> tuple[Tensor, Tensor]:
+    """Distinct numbers of ``x`` [N], ascending, and each entry's place among them; 0 <= x < ``bound``. Without sorting,
+    which takes the longest of all, where there are enough entries to make a table worth while."""
+    if bound > len(x):
+        return torch.unique(x, return_inverse=True)
+    present = torch.zeros(bound, dtype=torch.bool, device=x.device)
+    present[x] = True
+    return present.nonzero().squeeze(1), (present.cumsum(0) - 1)[x]
+
+
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of ``rows`` [N, w] uint8 -> (``first`` [U], ``inverse`` [N]) with ``rows[first][inverse] == rows``.
 

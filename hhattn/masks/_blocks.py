@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hhattn.masks import _bits
 
-_ROWS = 512  # block rows listed at once: int64 coordinates of a whole dense mask would take 16 bytes a block
+_ROWS = 128  # block rows listed at once: int64 coordinates of a whole dense mask would take 16 bytes a block
 
 
 class Shape(NamedTuple):
@@ -69,7 +69,7 @@ def settle(
     come out whole join ``full``. ``left``, ``right`` are the tables that the pairs point into. Returns the slices and
     their table of distinct tiles."""
     pair = torch.cat([s.left * len(right) + s.right for s in slices])
-    distinct, inverse = torch.unique(pair, return_inverse=True)
+    distinct, inverse = _bits.unique_numbers(pair, len(left) * len(right))
     table, place = _bits.unique_tiles(op(left[distinct // max(1, len(right))], right[distinct % max(1, len(right))]))
     bits = _bits.popcount(table)
     keep = (bits > 0) & (bits < shape.bq * shape.bk)
@@ -78,8 +78,11 @@ def settle(
     for s, tile in zip(slices, place[inverse].split([len(s.key) for s in slices]), strict=True):
         full = s.full.clone()
         full.view(-1)[s.key[bits[tile] == shape.bq * shape.bk]] = True
-        key, order = s.key[keep[tile]].sort()
-        result.append(Blocks(full, key, renumbered[tile[keep[tile]][order]]))
+        key, tile = s.key[keep[tile]], renumbered[tile[keep[tile]]]
+        if (key.diff() < 0).any():  # most come in order, and sorting takes the longest of all this
+            key, order = key.sort()
+            tile = tile[order]
+        result.append(Blocks(full, key, tile))
     return result, table[keep]
 
 
@@ -132,7 +135,7 @@ def to_dense(blocks: Blocks, table: Tensor, shape: Shape) -> Tensor:
 
 def to_lists(full: Tensor) -> tuple[Tensor, Tensor]:
     """bool [nq, nk] -> (counts [nq] int32, indices [nq, max count] int32, ascending, 0 beyond the count)."""
-    counts = full.sum(-1, dtype=torch.int32)
+    counts = torch.cat([part.sum(-1, dtype=torch.int32) for part in full.split(_ROWS)])  # the sum widens its input
     width = int(counts.max()) if counts.numel() else 0
     indices = torch.zeros(len(full), width, dtype=torch.int32, device=full.device)
     for start in range(0, len(full), _ROWS):

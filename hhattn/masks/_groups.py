@@ -19,7 +19,8 @@ from hhattn.masks import _bits, _blocks
 from hhattn.masks._blocks import Blocks, Shape
 from hhattn.masks.block_mask import BlockMask, assemble, make_shape
 
-_CHUNK = 1 << 20  # elements of a temporary, few enough for the cache
+_ROWS = 128  # query blocks handled at once, and
+_PART = 1 << 15  # partial blocks among them: few enough for the cache
 
 
 class _Side(NamedTuple):
@@ -44,55 +45,70 @@ def _side(group: Tensor, size: int, padding: int) -> _Side:
     return _Side(groups.int(), label, _bits.unique_rows(label.int().view(torch.uint8))[1])
 
 
-def _reduce(relation: Tensor, groups: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``op`` (in place) over the rows ``relation[g]`` of the groups g of each block: bool [n, columns]."""
-    result = relation[groups[:, 0]]
+def _codes(relation: Tensor, groups: Tensor) -> Tensor:
+    """uint8 [planes, n, columns]: for each block and each group of the other side, which of the block's groups [n, c]
+    are related to it, a bit each, eight to a plane."""
+    planes = []
+    for eight in groups.T.split(8):
+        plane = relation.index_select(0, eight[0])  # many times faster than relation[...]
+        for bit, column in enumerate(eight[1:], 1):
+            plane.add_(relation.index_select(0, column), alpha=1 << bit)
+        planes.append(plane)
+    return torch.stack(planes)
+
+
+def _reduce(rows: Tensor, groups: Tensor, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``op`` (in place) over the ``rows[g]`` of the groups g of each block: [n, columns]."""
+    result = rows.index_select(0, groups[:, 0])
     for column in groups.T[1:]:
-        op(result, relation[column])
+        op(result, rows.index_select(0, column))
     return result
 
 
-def _classify(relation: Tensor, q: _Side, k: _Side) -> tuple[Tensor, Tensor]:
-    """(full [nq, nk] bool, partial [P] block numbers, ascending)."""
-    some, every = (
-        _reduce(_reduce(relation, q.groups, op).T.contiguous(), k.groups, op).T.contiguous()
-        for op in (Tensor.logical_or_, Tensor.logical_and_)
-    )
-    return every, (some & ~every).view(-1).nonzero().squeeze(1)
+def _classify(codes: Tensor, c: int, k: _Side) -> tuple[Tensor, Tensor]:
+    """bool [n, nk] each: (blocks whose every pair of groups is related, blocks with some that are and some that not),
+    from ``codes`` of query blocks of ``c`` groups."""
+    all_set = torch.tensor([(1 << min(c - first, 8)) - 1 for first in range(0, c, 8)], dtype=torch.uint8)
+    some, short = codes.any(0), (codes ^ all_set[:, None, None]).any(0)
+    some, short = (_reduce(x.T.contiguous(), k.groups, Tensor.bitwise_or_).view(torch.bool) for x in (some, short))
+    return ~short.T, (some & short).T
 
 
-def _related(relation: Tensor, q: _Side, k: _Side, key: Tensor, nk: int) -> Tensor:
-    """[P, cq, ck] bool: the relation between the groups of the two sides of each block."""
-    index = q.groups[key // nk, :, None] * relation.shape[1] + k.groups[key % nk, None, :]
-    return relation.view(-1).index_select(0, index.view(-1)).view(index.shape)
+def _signatures(codes: Tensor, q_pattern: Tensor, k: _Side, row: Tensor, column: Tensor) -> Tensor:
+    """uint8 [P, w]: what the bits of the blocks (row, column) depend on, and nothing else."""
+    patterns = torch.stack([q_pattern[row], k.pattern[column]], dim=-1).view(torch.uint8)
+    at = (row.int() * codes.shape[2])[:, None] + k.groups[column]
+    return torch.cat([patterns, *(plane.view(-1).index_select(0, at.view(-1)).view(at.shape) for plane in codes)], -1)
 
 
-def _draw(relation: Tensor, q: _Side, k: _Side, partial: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Bit tiles of the partial blocks: (table, place of each block's tile in it)."""
-    nk, cq, ck = shape.nk, q.groups.shape[1], k.groups.shape[1]
-    signatures, blocks, inverse, start = [], [], [], 0
-    for part in partial.split(max(1, _CHUNK // (cq * ck))):
-        row, column = part // nk, part % nk
-        related = _related(relation, q, k, part, nk).view(-1, cq * ck)
-        patterns = torch.stack([q.pattern[row], k.pattern[column]], dim=-1).view(torch.uint8)
-        signature = torch.cat([patterns, related.view(torch.uint8)], dim=-1)
-        first, place = _bits.unique_rows(signature)
-        signatures.append(signature[first])
-        blocks.append(part[first])
-        inverse.append(place + start)
-        start += len(first)
-    if not blocks:
-        return _blocks.empty_table(shape, partial.device), partial
+def _bits_of(relation: Tensor, q: _Side, k: _Side, key: Tensor, nk: int) -> Tensor:
+    """bool [P, bq, bk] of the blocks ``key``."""
+    row, column = key // nk, key % nk
+    related = relation[q.groups[row, :, None], k.groups[column, None, :]].bool()
+    rows = related.gather(1, q.label[row][:, :, None].expand(-1, -1, related.shape[2]))
+    return rows.gather(2, k.label[column][:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _blocks_of(relation: Tensor, q: _Side, k: _Side, shape: Shape) -> tuple[Blocks, Tensor]:
+    """The blocks of one head, and the table that they point into. ``relation`` [G, G] is 0 or 1, uint8."""
+    nk = shape.nk
+    full = torch.empty(shape.nq, nk, dtype=torch.bool)
+    partial, signatures, stand_for, inverse, found = [], [], [], [], 0
+    for start in range(0, shape.nq, _ROWS):
+        groups, pattern = q.groups[start : start + _ROWS], q.pattern[start : start + _ROWS]
+        codes = _codes(relation, groups)
+        full[start : start + _ROWS], mixed = _classify(codes, groups.shape[1], k)
+        for row, column in zip(*(x.split(_PART) for x in mixed.nonzero(as_tuple=True)), strict=True):
+            signature = _signatures(codes, pattern, k, row, column)
+            first, place = _bits.unique_rows(signature)
+            partial.append((row + start) * nk + column)
+            signatures.append(signature[first])
+            stand_for.append(partial[-1][first])
+            inverse.append(place + found)
+            found += len(first)
     first, place = _bits.unique_rows(torch.cat(signatures))
-    table = [_bits.pack(_bits_of(relation, q, k, part, nk)) for part in torch.cat(blocks)[first].split(1024)]
-    return torch.cat(table), place[torch.cat(inverse)]
-
-
-def _bits_of(relation: Tensor, q: _Side, k: _Side, part: Tensor, nk: int) -> Tensor:
-    """[P, bq, bk] bool."""
-    related = _related(relation, q, k, part, nk)
-    rows = related.gather(1, q.label[part // nk][:, :, None].expand(-1, -1, related.shape[2]))
-    return rows.gather(2, k.label[part % nk][:, None, :].expand(-1, rows.shape[1], -1))
+    table = [_bits.pack(_bits_of(relation, q, k, key, nk)) for key in torch.cat(stand_for)[first].split(1024)]
+    return Blocks(full, torch.cat(partial), place[torch.cat(inverse)]), torch.cat(table)
 
 
 def from_groups(q_group: Tensor, k_group: Tensor, relation: Tensor, shape: Shape) -> tuple[list[Blocks], Tensor]:
@@ -102,15 +118,14 @@ def from_groups(q_group: Tensor, k_group: Tensor, relation: Tensor, shape: Shape
     relation: [Hm, G, G] bool.
     """
     # one more group, related to nothing: for tokens outside every group and for the padding of the last block
-    relation = torch.nn.functional.pad(relation, (0, 1, 0, 1))
+    relation = torch.nn.functional.pad(relation, (0, 1, 0, 1)).view(torch.uint8)
     nothing = relation.shape[-1] - 1
     q = _side(q_group.where(q_group >= 0, nothing), shape.bq, nothing)
     k = _side(k_group.where(k_group >= 0, nothing), shape.bk, nothing)
     slices, tables, start = [], [], 0
     for related in relation:
-        full, partial = _classify(related, q, k)
-        table, tile = _draw(related, q, k, partial, shape)
-        slices.append(Blocks(full, partial, tile + start))
+        blocks, table = _blocks_of(related, q, k, shape)
+        slices.append(blocks._replace(tile=blocks.tile + start))
         tables.append(table)
         start += len(table)
     return _blocks.classify(slices, torch.cat(tables), shape)

@@ -340,6 +340,8 @@ def assemble(
     """The mask of ``slices``, one for each (batch, head), heads running fastest."""
 
     def stack(rows: Sequence[Tensor]) -> Tensor:
+        if len(rows) == 1:
+            return rows[0][None, None]  # a dense minute's lists take 45 MB, once
         width = max(r.shape[-1] for r in rows) if rows[0].ndim == 2 else 0
         same = [torch.nn.functional.pad(r, (0, width - r.shape[-1])) if r.ndim == 2 else r for r in rows]
         return torch.stack(same).unflatten(0, (batch, -1))
