@@ -27,9 +27,12 @@ def assert_near(a: Tensor, b: Tensor, share: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("pathway", PATHWAYS)
-@pytest.mark.parametrize(("sparse_every", "lens"), [(0, (3, 3, 3, 2)), (2, (3, 3)), (2, (4, 3)), (1, (3, 2))])
+@pytest.mark.parametrize(
+    ("sparse_every", "lens"),
+    [(0, (3, 3, 3, 2)), (0, (1,) * 7), (2, (3, 3)), (2, (4, 3)), (1, (3, 2)), (1, (2, 2)), (2, (1,) * 4)],
+)
 def test_chunk_after_chunk_is_one_call(pathway: str, sparse_every: int, lens: tuple[int, ...]) -> None:
-    """With sparse blocks for two chunks: from the third on the sink stands nearer than it was, see below."""
+    """With sparse blocks for a chunk and the next: later the sink stands nearer than it was, see below."""
     model = small_dit(replace(SMALL, pathway=pathway, sparse_every=sparse_every))
     z, t, cond = inputs(model, sum(lens))
     with torch.no_grad():
@@ -154,12 +157,14 @@ def test_a_long_stream_stays_finite_and_forgets() -> None:
     assert difference[-1] < 0.2 * difference[0]
 
 
-def test_sparse_blocks_against_dense_softmax() -> None:
-    """Every chunk of a stream against attention written out over all tokens so far: window of tiles, last frames, the
-    chunk itself, and the sink, whose position stays where the second chunk saw it."""
-    config = replace(SMALL, layers=1, sparse_every=1, window=(2, 1, 3))
+@pytest.mark.parametrize("lens", [(4, 3, 3, 3), (1,) * 9, (2, 1, 3, 1, 1, 3, 2), (1, 4, 1)], ids=str)
+@pytest.mark.parametrize("reach", [0, 1, 2])
+def test_sparse_blocks_against_dense_softmax(lens: tuple[int, ...], reach: int) -> None:
+    """Every call of a stream against attention written out over all tokens so far: window of tiles, last frames, the
+    call itself, and the sink, which stays a chunk (or the first call, if that was longer) before the present."""
+    config = replace(SMALL, layers=1, sparse_every=1, window=(reach, 1, 3))
     model = small_dit(config)
-    layer, lens, n = model.blocks[0].attn, (4, 3, 3, 3), GRID[0] * GRID[1]
+    layer, n = model.blocks[0].attn, GRID[0] * GRID[1]
     seen: list[tuple[Tensor, Tensor]] = []
     layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out[0])))
     z, t, cond = inputs(model, sum(lens), batch=1)
@@ -182,7 +187,7 @@ def test_sparse_blocks_against_dense_softmax() -> None:
             now, past = slice(start * n, (start + length) * n), slice(0, (start + length) * n)
             keys = k[:, past].clone()
             if start:
-                keys[:, :n] = rotated(x[:, :n], start - lens[0], 1)[1]
+                keys[:, :n] = rotated(x[:, :n], max(0, start - max(lens[0], config.chunk)), 1)[1]
             y = F.scaled_dot_product_attention(q[:, now], keys, v[:, past], attn_mask=mask[now, past])
             expected = layer.to_out(y.transpose(0, 1).flatten(1)[None])
             assert_near(layout.from_tiles(out), expected)

@@ -56,7 +56,7 @@ class Config:
         if self.sparse_every and self.chunk <= self.window[0]:
             raise ValueError(
                 f"chunk={self.chunk}; accepted with window={self.window}: more than {self.window[0]}, so that the "
-                "clip's first frame doesn't stand in the ring twice"
+                "clip's first frame, kept a chunk before the present, stands before the window's frames"
             )
 
     @property
@@ -87,7 +87,7 @@ SANA_VIDEO_2B = Config(
 
 @dataclass
 class LayerMemory:
-    """What one block keeps of the past; constant in size."""
+    """What one block keeps of the past; constant in size once the window's frames have come."""
 
     linear: hhattn.LinearAttentionState | None = None
     ring: tuple[Tensor, Tensor] | None = (
@@ -236,10 +236,10 @@ class Block(nn.Module):
         tokens = layout.to_tiles(x.flatten(1, 2), dim=1)
         rope = (layout.to_tiles(rope[0], dim=0), layout.to_tiles(rope[1], dim=0))
         y, kv = self.attn(tokens, mask, rope=rope, kv_cache=memory.ring, return_kv=True)
-        keep = self.config.window[0] * n
-        sink = memory.ring or kv
-        ring = [torch.cat([first[:, :n], new[:, -keep:]], 1) for first, new in zip(sink, kv, strict=True)]
-        return layout.from_tiles(y, dim=1).view(x.shape), LayerMemory(ring=(ring[0], ring[1]))
+        every = [torch.cat(pair, 1) for pair in zip(memory.ring, kv, strict=True)] if memory.ring else kv
+        last = max(n, (past + t - self.config.window[0]) * n)  # a call shorter than the window leaves older frames in
+        keys, values = (torch.cat([e[:, :n], e[:, last:]], 1) for e in every)
+        return layout.from_tiles(y, dim=1).view(x.shape), LayerMemory(ring=(keys, values))
 
 
 class VideoDiT(nn.Module):
@@ -302,23 +302,28 @@ class VideoDiT(nn.Module):
         out = self.head(torch.cat([x, cond.field], -1)).transpose(2, 3).view_as(z)
         # z's own share of the best linear guess, plus the network's correction in units of what is unknown
         x0 = z * (1 - level) * sigma**2 * norm**2 + out * level * sigma * norm
-        return x0, self._rebase(Memory(layers, (memory.frames if memory else 0) + frames), frames)
+        return x0, self._rebase(Memory(layers, (memory.frames if memory else 0) + frames), frames, h * w)
 
-    def _rebase(self, memory: Memory, frames: int) -> Memory:
-        """Move the origin of time to the next chunk's first frame, so that positions never grow. The sink stays where
-        the first move left it: just before the past that was seen in training."""
-        cos, sin = (
-            r[0]
-            for r in hhattn.rope_3d((1, 1, 1), self.config.head_dim, offset=(frames, 0, 0), device=self.spread.device)
-        )
+    def _rebase(self, memory: Memory, frames: int, n: int) -> Memory:
+        """Move the origin of time to the next call's first frame, so that positions never grow; ``n`` tokens a frame.
+        The sink moves with the first call, and then until it stands a chunk before the origin, where training saw it:
+        before the rest of the ring."""
+        done = memory.frames - frames
+        with_sink = min(frames, max(0, self.config.chunk - done)) if done else frames
+        turn, sink_turn = self._angles(frames), self._angles(with_sink)
         for m in memory.layers:
             if m.linear is not None:
-                m.linear = m.linear.rebase(cos, sin)
+                m.linear = m.linear.rebase(*turn)
             if m.ring is not None:
                 keys, values = m.ring
-                sink = keys.shape[1] // (1 + self.config.window[0]) if memory.frames > frames else 0
-                m.ring = (torch.cat([keys[:, :sink], _turn_back(keys[:, sink:], cos, sin)], 1), values)
+                m.ring = (torch.cat([_turn_back(keys[:, :n], *sink_turn), _turn_back(keys[:, n:], *turn)], 1), values)
         return memory
+
+    def _angles(self, frames: int) -> Rope:
+        """cos and sin ``[D]`` of a move by ``frames``."""
+        at = (frames, 0, 0)
+        cos, sin = hhattn.rope_3d((1, 1, 1), self.config.head_dim, offset=at, device=self.spread.device)
+        return cos[0], sin[0]
 
 
 def _turn_back(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
