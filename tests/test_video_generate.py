@@ -209,6 +209,32 @@ def test_words_left_open_are_read_off_the_picture(pipeline: Pipeline) -> None:
         pipeline.understand(Request("", size="tiny"))
 
 
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (torch.rand(1, 3, 48, 96), r"picture has shape \(1, 3, 48, 96\); accepted: \(3, 48, 96\)"),
+        (torch.rand(48, 96, 3), r"picture has shape \(48, 96, 3\)"),
+        (torch.rand(3, 48, 95), r"picture has shape \(3, 48, 95\)"),
+        (torch.zeros(3, 48, 96, dtype=torch.uint8), r"picture has dtype torch\.uint8; accepted: torch\.float32"),
+        (torch.rand(3, 48, 96).half(), r"picture has dtype torch\.float16"),
+        (torch.full((3, 48, 96), 128.0), "picture has values from 128 to 128; accepted: 0 to 1"),
+        (torch.rand(3, 48, 96) - 0.5, "picture has values from -"),
+        (torch.full((3, 48, 96), torch.nan), "picture has values from nan"),
+    ],
+)
+def test_pictures_refused(pipeline: Pipeline, picture: Tensor, message: str) -> None:
+    """At the call already, not at the first chunk."""
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(request(), picture)
+    with pytest.raises(ValueError, match=message):
+        pipeline.understand(request(), picture)
+
+
+def test_words_are_refused_at_the_call(pipeline: Pipeline) -> None:
+    with pytest.raises(PromptError, match="bloon"):
+        pipeline.stream(Request("a red bloon", size="tiny"))
+
+
 def test_times_of_pictures() -> None:
     """One picture in the first latent frame, four in every other; chunks join without a gap."""
     first, second = Pipeline._times(0, 4, 16), Pipeline._times(4, 4, 16)
@@ -323,6 +349,9 @@ def test_guidance() -> None:
     torch.testing.assert_close(none, alone, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(two, alone + 2 * (plain - alone), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(plain, alone, atol=1e-2)
+    for g in (0, 2):
+        with pytest.raises(ValueError, match=rf"guidance={g} with empty=None"):
+            sample_chunk(model, cond, None, z, None, steps=1, guidance=g)
 
 
 def test_chunks_sampled_one_by_one_use_the_memory() -> None:

@@ -82,9 +82,13 @@ class Pipeline:
         load({"codec": self.codec, "dit": self.dit, "prior": self.prior, "reader": self.reader}, folder)
 
     def understand(self, request: Request, picture: Tensor | None = None) -> Prompt:
-        """The prompt's words; with a picture, what the prompt leaves open is read off the picture."""
+        """The prompt's words; with a picture, what the prompt leaves open is read off the picture.
+
+        Raises PromptError, and ValueError for a picture that :meth:`stream` doesn't take.
+        """
         if picture is None:
             return parse(request.prompt, request.seed)
+        check_picture(picture, SIZES[request.size])
         seen = self.reader.read(self._encode(picture, SIZES[request.size])[0])
         return parse(request.prompt or " ".join(seen.words.values()), request.seed, seen.words)
 
@@ -97,10 +101,18 @@ class Pipeline:
     def stream(
         self, request: Request, picture: Tensor | None = None, wanted: Callable[[int], bool] = lambda index: True
     ) -> Iterator[Chunk]:
-        """Generate chunk after chunk. ``picture [3, H, W]`` (of the size's native height and width) becomes frame 0.
-        Chunks whose index is not ``wanted`` are generated but not decoded: they come without frames."""
-        size, prompt = SIZES[request.size], self.understand(request, picture)
-        words = prompt.ids()[None]
+        """Generate chunk after chunk. ``picture [3, H, W]`` (float32 in [0, 1], of the size's native height and width)
+        becomes frame 0. Chunks whose index is not ``wanted`` are generated but not decoded: they come without frames.
+
+        Raises PromptError for words, and ValueError for a picture, that can't be taken, before anything is generated.
+        """
+        return self._chunks(request, self.understand(request, picture).ids()[None], picture, wanted)
+
+    @torch.no_grad()
+    def _chunks(
+        self, request: Request, words: Tensor, picture: Tensor | None, wanted: Callable[[int], bool]
+    ) -> Iterator[Chunk]:
+        size = SIZES[request.size]
         first = None if picture is None else self._encode(picture, size)
         knots = torch.zeros(1, 0, 4)
         if first is not None:
@@ -205,6 +217,18 @@ class Pipeline:
             out.append((x.permute(0, 2, 3, 1) * 255).round().byte())
         assert state is not None
         return torch.cat(out), state
+
+
+def check_picture(picture: Tensor, size: Size) -> None:
+    """Raises ValueError unless ``picture`` is float32 ``[3, H, W]`` in [0, 1], H and W as ``size`` is drawn."""
+    shape = (3, *size.native)
+    if tuple(picture.shape) != shape:
+        raise ValueError(f"picture has shape {tuple(picture.shape)}; accepted: {shape}, the size that is drawn")
+    if picture.dtype != torch.float32:
+        raise ValueError(f"picture has dtype {picture.dtype}; accepted: torch.float32 in [0, 1]")
+    low, high = picture.aminmax()
+    if not (low >= 0 and high <= 1):  # nan is neither
+        raise ValueError(f"picture has values from {low:g} to {high:g}; accepted: 0 to 1")
 
 
 class Stopwatch:

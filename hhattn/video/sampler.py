@@ -37,8 +37,11 @@ def sample_chunk(
 
     ``noise [B, T, C, h, w]``; ``empty`` is the condition without words and needed where ``guidance`` != 1;
     ``first [B, 1, C, h, w]`` is a given, clean first latent frame. Euler steps of dx/dt = (x - x0)/t; then one pass
-    over the clean chunk writes the memory. Returns the clean latents and the new memory.
+    over the clean chunk writes the memory. Returns the clean latents and the new memory. Raises ValueError for guidance
+    without ``empty``.
     """
+    if guidance != 1 and empty is None:
+        raise ValueError(f"guidance={guidance} with empty=None; needed: the condition without words, or guidance=1")
     chunk = (noise.shape[1],)
 
     def known(x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def sample_chunk(
     schedule = levels(steps)
     for t, after in pairwise(schedule):
         x0, _ = model(x, level(t), cond, chunk, memory)
-        if guidance != 1 and empty is not None:
+        if empty is not None and guidance != 1:
             without, _ = model(x, level(t), empty, chunk, memory)
             x0 = without + guidance * (x0 - without)
         x = known(x0 + (x - x0) * (after / t))
