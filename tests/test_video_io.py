@@ -149,11 +149,92 @@ def test_a_damaged_picture_is_read_or_refused(kind: str, at: int, noise: bytes, 
 
 
 def test_a_picture_too_large_to_open_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = tmp_path / "x.png"
     path.write_bytes(picture_bytes("PNG"))
-    with pytest.raises(ValueError, match=r"x\.png: not a readable picture"):
-        read_picture(path, H, W)
+    for limit in (W * H - 1, 100):  # Pillow only warns up to twice the limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=rf"x\.png: not a readable picture: it has more than {limit:,} pixels"):
+            read_picture(path, H, W)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", W * H)
+    assert read_picture(path, H, W).shape == (3, H, W)
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
+def test_an_extreme_aspect_costs_no_memory(
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scaled before it is cropped, this would be 720 x 28,800,000 pixels."""
+    path, made = tmp_path / "x.png", []
+    path.write_bytes(picture_bytes("PNG", size))
+    whole = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: object, **settings: object) -> Image.Image:
+        made.append(size)
+        return whole(self, size, *args, **settings)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert read_picture(path, 720, 1280).shape == (3, 720, 1280)
+    assert max(w * h for w, h in made) <= 720 * 1280
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_camera_was(tmp_path: Path, orientation: int) -> None:
+    """The file's red corner goes where EXIF says that row 0 and column 0 are."""
+    pixels = np.full((H, H, 3), 200, np.uint8)
+    pixels[: H // 2, : H // 2] = (200, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    x = read_picture(path, H, H)
+    corners = {(row, column): x[1, row, column] == 0 for row in (0, -1) for column in (0, -1)}
+    expected = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    assert [place for place, red in corners.items() if red] == [expected[orientation]]
+
+
+def test_a_turned_picture_is_cropped_after_it_is_turned(tmp_path: Path) -> None:
+    """A tall file that is shown wide fills a wide frame, uncropped."""
+    pixels = np.random.default_rng(0).integers(0, 255, (W, H, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    turned = torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1)
+    assert torch.equal(read_picture(path, H, W), turned.float() / 255)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_grey(tmp_path: Path, mode: str) -> None:
+    """Not whatever colour lies under it, here black; what covers half is halfway."""
+    pixels = np.zeros((H, W, 4), np.uint8)
+    pixels[:, : W // 2] = 255
+    if mode in ("RGBA", "LA"):
+        pixels[: H // 2, : W // 2, 3] = 128
+    image = Image.fromarray(pixels)
+    path = tmp_path / ("x.gif" if mode == "P" else "x.png")
+    image.save(path) if mode == "P" else image.convert(mode).save(path)
+    x = read_picture(path, H, W) * 255
+    assert x[:, :, W // 2 + 1 :].sub(128).abs().max() <= 1
+    assert x[:, H // 2 + 1 :, : W // 2 - 1].min() >= 254
+    if mode in ("RGBA", "LA"):
+        assert x[:, : H // 2 - 1, : W // 2 - 1].sub(192).abs().max() <= 1
+
+
+def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    """Both clips are whole while they are made, the second to end has the name, and one that fails takes nothing
+    from the other."""
+    out = tmp_path / "clip.mp4"
+    with VideoWriter(out, H, W, 16) as one:
+        one.write(flat_frames()[:2])
+        with VideoWriter(out, H, W, 16) as two:
+            two.write(flat_frames())
+        assert len(read_back(out)[1]) == 5
+        with pytest.raises(RuntimeError, match="lost"), VideoWriter(out, H, W, 16) as three:
+            three.write(flat_frames()[:1])
+            raise RuntimeError("lost")
+        one.write(flat_frames()[2:4])
+    assert len(read_back(out)[1]) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
 def test_places_for_a_clip(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +13,11 @@ from types import TracebackType
 import av
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 _BT709 = 1  # in FFmpeg's tables of colour spaces, primaries and transfer functions alike
+_GREY = (128, 128, 128, 255)
 
 
 def check_encoder() -> None:
@@ -31,11 +33,12 @@ def check_encoder() -> None:
 class VideoWriter:
     """``with VideoWriter(path, height, width, fps) as w: w.write(frames)``; uint8 frames ``[n, h, w, 3]``.
 
-    Frames go to ``path`` + ".part" as they come; leaving without an error renames it, leaving with one deletes it.
+    Frames go to a file of this writer's own beside ``path``, ``NAME.xxxxxxxx.part``, as they come; leaving without an
+    error renames it, leaving with one deletes it. Of two that write one name, the one that ends last has it.
     """
 
     def __init__(self, path: Path, height: int, width: int, fps: float, crf: int = 18):
-        self.path, self.part, self.frames = path, path.with_name(path.name + ".part"), 0
+        self.path, self.part, self.frames = path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.part"), 0
         self.container = av.open(str(self.part), "w", format="mp4", options={"movflags": "faststart"})
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
@@ -71,22 +74,31 @@ class VideoWriter:
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:
-    """A picture file as ``[3, height, width]`` in [0, 1], scaled to cover and cropped in the middle.
+    """A picture file as ``[3, height, width]`` in [0, 1]: turned as its EXIF says, cropped in the middle to the aspect,
+    scaled, and what is transparent shown on grey.
 
-    Raises ValueError if it can't be read as a picture.
+    Raises ValueError if it can't be read as a picture, or has more pixels than ``Image.MAX_IMAGE_PIXELS``.
     """
     try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                rgb = _fitted(ImageOps.exif_transpose(image), (width, height))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise ValueError(f"image {path}: not a readable picture: it has {limit}; scale it down first") from None
+    except Exception as e:  # on damaged files decoders raise whatever comes to them
         raise ValueError(f"image {path}: not a readable picture ({e})") from None
-    x = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)[None].float() / 255
-    factor = max(height / x.shape[2], width / x.shape[3])
-    size = (max(height, round(x.shape[2] * factor)), max(width, round(x.shape[3] * factor)))
-    if size != tuple(x.shape[2:]):
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return x[0, :, top : top + height, left : left + width]
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 255
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """RGB of ``size`` (width, height). Only what is kept is scaled, so an extreme aspect costs no memory."""
+    clear = "A" in image.getbands() or "transparency" in image.info
+    image = ImageOps.fit(image.convert("RGBA" if clear else "RGB"), size, Image.Resampling.BICUBIC)
+    if clear:
+        image = Image.alpha_composite(Image.new("RGBA", size, _GREY), image)
+    return image.convert("RGB")
 
 
 def check_writable(path: Path) -> None:
@@ -98,6 +110,6 @@ def check_writable(path: Path) -> None:
             raise ValueError(f"output {path}: is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         # making a file tells more than permissions do: a name too long, a full disk
-        tempfile.NamedTemporaryFile(prefix=path.name, dir=path.parent).close()
+        tempfile.NamedTemporaryFile(prefix=f"{path.name}.", suffix=".part", dir=path.parent).close()
     except OSError as e:
         raise ValueError(f"output {path}: a file can't be made there ({e.strerror})") from None
