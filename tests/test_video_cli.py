@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -131,10 +132,10 @@ def test_words_lists_the_vocabulary() -> None:
         assert line.split() == [slot, *", ".join(options).split()]
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+def refusal(monkeypatch: pytest.MonkeyPatch, *args: str, command: str = "generate") -> str:
     """The one line on stderr of a call that ends with exit code 2 before the weights are loaded."""
-    monkeypatch.setattr(cli, "Pipeline", lambda: pytest.fail("the weights were loaded"))
-    code, stdout, stderr = call(*args)
+    monkeypatch.setattr(cli, "Pipeline", lambda *_: pytest.fail("the weights were loaded"))
+    code, stdout, stderr = call(*args, command=command)
     assert code == 2
     assert stdout == ""
     (line,) = stderr.strip().splitlines()
@@ -168,6 +169,42 @@ def test_bad_input_ends_with_one_line_before_any_work(
 ) -> None:
     assert words in refusal(monkeypatch, *args, "-o", str(tmp_path / "new" / "x.mp4"))
     assert not list(tmp_path.iterdir()), "not even a folder is left"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--steps", "0"], "steps=0; accepted: 1 to 100"),
+        (["--seconds", "0.5"], "seconds=0.5; accepted: 1 or more"),
+        (["--seconds", "nan"], "seconds=nan; accepted: 1 or more"),
+        (["--seconds", "1e6"], "seconds=1000000.0; accepted"),
+        (["--prompts", "0"], "prompts=0; accepted: 1 or more"),
+        (["--plot", "{new}/x.png"], "--plot needs matplotlib"),
+    ],
+)
+def test_bad_input_of_an_evaluation(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    new = tmp_path / "new"
+    told = refusal(monkeypatch, *(a.format(new=new) for a in args), "--out", str(new / "x.json"), command="evaluate")
+    assert words in told
+    assert not list(tmp_path.iterdir()), "not even a folder is left"
+
+
+def test_an_evaluation_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is a folder" in refusal(monkeypatch, "--out", str(tmp_path), command="evaluate")
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(__spec__=True))
+    args = ("--out", str(tmp_path / "x.json"), "--plot", str(tmp_path))
+    assert "is a folder" in refusal(monkeypatch, *args, command="evaluate")
+
+
+def test_an_evaluation_of_missing_weights(tmp_path: Path) -> None:
+    args = ("--weights", str(tmp_path / "none"), "--out", str(tmp_path / "x.json"))
+    code, _, stderr = call(*args, command="evaluate")
+    assert code == 2
+    assert "codec.safetensors not found" in stderr
+    assert len(stderr.strip().splitlines()) == 1
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

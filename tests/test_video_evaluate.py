@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hhattn.video.evaluate import judge, main, measure, prompts, psnr
+from hhattn.video.cli import evaluate
+from hhattn.video.evaluate import judge, measure, prompts, psnr
 from hhattn.video.generate import Chunk, Pipeline, Request
 from hhattn.video.model import Config
 from hhattn.video.text import SLOTS, Prompt, parse
@@ -157,9 +158,9 @@ def test_seams_show() -> None:
 
 
 def test_a_whole_evaluation(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hhattn.video.evaluate.Pipeline", lambda weights: Stub())
+    monkeypatch.setattr("hhattn.video.cli.Pipeline", lambda weights: Stub())
     out = tmp_path / "new" / "figures.json"
-    main(count=2, seconds=1.0, steps=1, weights=None, out=out, picture=None)
+    evaluate(count=2, seconds=1.0, steps=1, weights=None, out=out, picture=None)
     report = json.loads(out.read_text())
     assert [c["prompt"] for c in report["clips"]] == [str(parse(p)) for p in prompts(2)]
     assert all([f["color_right"] for f in c["at"]] == [True] for c in report["clips"])

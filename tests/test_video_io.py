@@ -229,9 +229,8 @@ def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
         with VideoWriter(out, H, W, 16) as two:
             two.write(flat_frames())
         assert len(read_back(out)[1]) == 5
-        with pytest.raises(RuntimeError, match="lost"), VideoWriter(out, H, W, 16) as three:
-            three.write(flat_frames()[:1])
-            raise RuntimeError("lost")
+        with pytest.raises(ValueError), VideoWriter(out, H, W, 16) as three:
+            three.write(flat_frames()[:, :, :, :2])  # no picture
         one.write(flat_frames()[2:4])
     assert len(read_back(out)[1]) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]

@@ -1,24 +1,27 @@
-"""``hhattn generate``: words in, an MP4 out."""
+"""``hhattn generate``: words in, an MP4 out; ``hhattn evaluate``: figures of what comes out; ``hhattn words``."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 
-from .evaluate import main as evaluate
+from .evaluate import MARKS, measure, plot, prompts
 from .generate import DEMO_PROMPT, Pipeline, Request
 from .io import VideoWriter, check_encoder, check_writable, read_picture
 from .presets import SIZES
 from .prior import Sampling
 from .text import SLOTS, parse
+from .world import RADIUS
 
 console = Console(stderr=True)
 
@@ -112,6 +115,43 @@ def generate(
     )
     if as_json:
         print(json.dumps(report))
+
+
+def evaluate(
+    count: Annotated[int, typer.Option("--prompts", help="How many prompts.")] = 8,
+    seconds: Annotated[float, typer.Option(help=f"Length of each clip, {MARKS[0]:g} or more.")] = 60.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 1,
+    weights: Annotated[Path | None, typer.Option(help="Folder of weights; default: the package's.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("out/evaluation.json"),
+    picture: Annotated[Path | None, typer.Option("--plot", help="PNG to draw; needs matplotlib.")] = None,
+) -> None:
+    """Figures at 1, 5, 15, 30 and 60 s for several prompts, as JSON and as a plot."""
+    try:
+        if count < 1:
+            raise ValueError(f"prompts={count}; accepted: 1 or more")
+        if not seconds >= MARKS[0]:
+            raise ValueError(f"seconds={seconds}; accepted: {MARKS[0]:g} or more, the first moment that is judged")
+        requests = [Request(p, seconds=seconds, steps=steps, seed=i) for i, p in enumerate(prompts(count))]
+        if picture is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+        for path in (out, picture):
+            if path is not None:
+                check_writable(path)
+        pipeline = Pipeline(weights)
+    except (ValueError, FileNotFoundError) as e:
+        raise fail(e) from None
+    rows: list[dict[str, Any]] = []
+    for request in track(requests, description="clips", console=console):
+        figures, steady = measure(pipeline, request)
+        rows.append({"prompt": str(parse(request.prompt)), **asdict(steady), "at": [asdict(f) for f in figures]})
+        last = rows[-1]["at"][-1]
+        print(
+            f"{request.prompt:40} box {last['box']:.1f} dB; no subject {last['box_no_subject']:.1f}, "
+            f"wrong colour {last['box_wrong_color']:.1f}"
+        )
+        out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))  # what is done is kept
+    if picture is not None:
+        plot(rows, picture)
 
 
 def words() -> None:

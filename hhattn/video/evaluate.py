@@ -8,22 +8,19 @@ trivial baselines: the true picture without the subject, and with the subject in
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.progress import track
 from torch import Tensor
 
 from .codec import TIME
 from .generate import Pipeline, Request
-from .text import SLOTS, parse
-from .world import COLORS, RADIUS, scene_picture
+from .text import SLOTS
+from .world import COLORS, scene_picture
 
 MARKS = (1.0, 5.0, 15.0, 30.0, 60.0)
 STRIDE = 2  # pictures are compared at half size
@@ -175,31 +172,5 @@ def plot(clips: list[dict[str, Any]], path: Path) -> None:
         axes.text(0, mean + 0.1, label, color="grey")
     axes.set(xlabel="seconds into the clip", ylabel="PSNR inside the subject's box, dB")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
     plt.close(figure)
-
-
-def main(
-    count: Annotated[int, typer.Option("--prompts", help="How many prompts.")] = 8,
-    seconds: float = 60.0,
-    steps: int = 1,
-    weights: Annotated[Path | None, typer.Option(help="Folder of weights; default: the package's.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("out/evaluation.json"),
-    picture: Annotated[Path | None, typer.Option("--plot", help="PNG to draw; needs matplotlib.")] = None,
-) -> None:
-    """Figures at 1, 5, 15, 30 and 60 s for several prompts, as JSON and as a plot."""
-    pipeline = Pipeline(weights)
-    rows: list[dict[str, Any]] = []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for i, prompt in enumerate(track(prompts(count), description="clips")):
-        request = Request(prompt, seconds=seconds, steps=steps, seed=i)
-        figures, steady = measure(pipeline, request)
-        rows.append({"prompt": str(parse(prompt)), **asdict(steady), "at": [asdict(f) for f in figures]})
-        last = rows[-1]["at"][-1]
-        print(
-            f"{prompt:40} box {last['box']:.1f} dB; no subject {last['box_no_subject']:.1f}, "
-            f"wrong colour {last['box_wrong_color']:.1f}"
-        )
-        out.write_text(json.dumps({"radius": RADIUS, "steps": steps, "clips": rows}, indent=1))  # what is done is kept
-    if picture is not None:
-        plot(rows, picture)
