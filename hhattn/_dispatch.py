@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from hhattn import _transforms
+
 log = logging.getLogger("hhattn")
 
 ORDER = ("cuda", "triton", "cpp", "reference")
@@ -33,13 +35,21 @@ class Impl:
     """One implementation of one op.
 
     ``can_run(*args, **kwargs)`` takes the arguments of ``fn`` and returns None, or the reason why it can't run them.
-    Called without arguments by :func:`hhattn.info`, it must answer for this machine alone.
+    Called without arguments by :func:`hhattn.info`, it must answer for this machine alone. ``transforms`` says that
+    ``fn`` is made of torch's own functions, so that derivatives of every kind pass through it.
     """
 
     op: str
     name: str
     fn: Callable[..., Any]
     can_run: Callable[..., str | None]
+    transforms: bool = False
+
+    def refuses(self, *args: Any, **kwargs: Any) -> str | None:
+        """None, or the reason why it can't run this call, here and now."""
+        if not self.transforms and _transforms.derivative():
+            return "it has a backward only, for torch.autograd, and no rule for torch.func's grad, vjp and jvp"
+        return self.can_run(*args, **kwargs)
 
 
 class _Forced(threading.local):
@@ -60,12 +70,12 @@ def always(*_: Any, **__: Any) -> None:
 
 
 def register(
-    op: str, name: str, can_run: Callable[..., str | None] = always
+    op: str, name: str, can_run: Callable[..., str | None] = always, *, transforms: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make ``fn`` the implementation ``name`` of ``op``."""
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _registry.setdefault(op, {})[name] = Impl(op, name, fn, can_run)
+        _registry.setdefault(op, {})[name] = Impl(op, name, fn, can_run, transforms)
         return fn
 
     return add
@@ -127,15 +137,17 @@ def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError(
                 f"hhattn.{op}: {source}={chosen!r} has no such implementation; it has: {', '.join(impls)}"
             )
-        if reason := impls[chosen].can_run(*args, **kwargs):
-            others = [i.name for i in implementations(op) if i.name != chosen and i.can_run(*args, **kwargs) is None]
+        if reason := impls[chosen].refuses(*args, **kwargs):
+            others = [i.name for i in implementations(op) if i.name != chosen and i.refuses(*args, **kwargs) is None]
             raise RuntimeError(
-                f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others)}"
+                f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others) or 'none'}"
             )
         return impls[chosen].fn(*args, **kwargs)
+    reasons = []
     for name in ORDER:
         if name in impls:
-            if (reason := impls[name].can_run(*args, **kwargs)) is None:
+            if (reason := impls[name].refuses(*args, **kwargs)) is None:
                 return impls[name].fn(*args, **kwargs)
             _log_fallback(op, name, reason)
-    raise RuntimeError(f"hhattn.{op}: no implementation can run this call")
+            reasons.append(f"{name}: {reason}")
+    raise RuntimeError(f"hhattn.{op}: no implementation can run this call; {'; '.join(reasons)}")

@@ -291,6 +291,29 @@ def test_compiles_whole(decayed: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("of", ["q", "k", "v", "decay"])
+def test_functional_transforms(of: str) -> None:
+    """torch.func's transforms, with several decayed chunks, against autograd."""
+    q, k, v = inputs(1, 9, 2, 2, 4, 3)
+    given = {"q": q, "k": k, "v": v, "decay": randn(2, dtype=torch.float64).sigmoid()}
+    x = given.pop(of)
+
+    def f(x: Tensor) -> Tensor:
+        return block_linear_attention(**given, **{of: x}, chunk_lens=2, feature_map="elu1").square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(f(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(f)(x), expected)
+    torch.testing.assert_close(torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0], expected)
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (x,))[1], (expected * x).sum())
+    torch.testing.assert_close(torch.func.vmap(f)(torch.stack((x, 2 * x))), torch.stack((f(x), f(2 * x))))
+    per_sample = torch.func.vmap(torch.func.grad(f))(torch.stack((2 * x, x)))
+    torch.testing.assert_close(per_sample[1], expected)
+    leaf_grad = torch.autograd.functional.hvp(f, x, x)[1]
+    torch.testing.assert_close(torch.func.jvp(torch.func.grad(f), (x,), (x,))[1], leaf_grad)
+    torch.testing.assert_close(torch.func.grad(lambda y: (torch.func.grad(f)(y) * x).sum())(x), leaf_grad)
+
+
 def test_compiled_once_serves_every_length() -> None:
     """Sequence length is a symbol, not a constant: the third length compiles nothing new."""
     counter = torch._dynamo.testing.CompileCounter()

@@ -222,6 +222,20 @@ def test_compiles_as_one_graph_and_under_autocast() -> None:
         assert hhattn.block_sparse_attention(*leaves, mask).dtype == torch.bfloat16
 
 
+def test_derivatives_without_a_rule_are_refused() -> None:
+    """Forward mode would take the derivative for zero."""
+    mask = BlockMask.from_dense(random_keep(1, 1, 8, 8), block_size=(4, 4))
+    q = randn(1, 8, 1, 4)
+
+    def run(q: Tensor) -> Tensor:
+        return hhattn.block_sparse_attention(q, q, q, mask).sum()
+
+    for take in (lambda: torch.func.jvp(run, (q,), (q,)), lambda: torch.func.grad(run)(q)):
+        with pytest.raises(RuntimeError, match=r"block_sparse_attention: .* no rule for torch\.func"):
+            take()
+    assert torch.func.vmap(run)(torch.stack((q, 2 * q))).shape == (2,)
+
+
 def test_opcheck() -> None:
     mask = BlockMask.from_dense(random_keep(1, 1, 20, 24), block_size=(8, 8))
     q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((20, 24, 24)))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import hhattn
 from hhattn import _dispatch
@@ -110,7 +111,7 @@ def test_each_thread_chooses_for_itself() -> None:
 def add_a_number() -> Iterator[Callable[[Tensor], Tensor]]:
     """An op whose result tells which implementation ran: automatic 1, reference 2."""
     _dispatch.register("add_a_number", "cpp")(lambda x: x + 1)
-    _dispatch.register("add_a_number", "reference")(lambda x: x + 2)
+    _dispatch.register("add_a_number", "reference", transforms=True)(lambda x: x + 2)
     torch._dynamo.reset()
     yield lambda x: _dispatch.call("add_a_number", None, x)
     del _dispatch._registry["add_a_number"]
@@ -152,6 +153,47 @@ def test_a_function_is_compiled_for_the_environment(
         assert compiled(torch.zeros(2))[0] == expected
         with hhattn.use_impl("cpp"):
             assert compiled(torch.zeros(2))[0] == 1
+
+
+def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, x))
+
+
+DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], object]] = {
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda y: f(y).sum()))(x),
+    "dual": dual,
+}
+
+
+@pytest.mark.parametrize("take", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_derivatives_go_where_their_rule_is(take: Callable[..., object]) -> None:
+    """An operator with a backward of its own has no rule for torch.func, and would lose the tangent of forward mode."""
+    ran = []
+    _dispatch.register(OP, "cpp")(lambda x: (ran.append("cpp"), x)[1])
+    _dispatch.register(OP, "reference", transforms=True)(lambda x: (ran.append("reference"), x)[1])
+    x = torch.ones(2, requires_grad=True)
+    take(lambda y: _dispatch.call(OP, None, y), x.detach())
+    assert ran == ["reference"]
+    with pytest.raises(RuntimeError, match=r"impl='cpp' can't run this: .* no rule for torch\.func.*; can run it: ref"):
+        take(lambda y: _dispatch.call(OP, "cpp", y), x.detach())
+    torch.autograd.grad(_dispatch.call(OP, None, x).sum(), x)
+    torch.func.vmap(lambda y: _dispatch.call(OP, None, y))(x)
+    assert ran == ["reference", "cpp", "cpp"]
+    del _dispatch._registry[OP]["reference"]
+    with pytest.raises(RuntimeError, match=r"no implementation can run this call; .*cpp: .* no rule for torch\.func"):
+        take(lambda y: _dispatch.call(OP, None, y), x.detach())
+
+
+def test_compiled_derivatives_go_where_their_rule_is(add_a_number: Callable[[Tensor], Tensor]) -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tangent = torch.func.jvp(lambda y: add_a_number(y) * y, (x,), (torch.ones_like(x),))[1]
+        return tangent, torch.func.grad(lambda y: (add_a_number(y) * y).sum())(x), add_a_number(x)
+
+    results = torch.compile(f, fullgraph=True, backend="eager")(torch.ones(2))
+    assert [y[0].item() for y in results] == [4, 4, 2]  # of (x + 2) x, twice, and x + 1
 
 
 def test_the_choice_is_traced() -> None:

@@ -247,6 +247,19 @@ def test_reference_gradcheck() -> None:
 
 
 @needs_native
+def test_forward_mode_gives_the_tangent() -> None:
+    x, scale = randn(1, 6, 8, dtype=FP32), randn(1, 2, 8, dtype=FP32, seed=1)
+
+    def run(x: Tensor, scale: Tensor) -> Tensor:
+        return hhattn.norm_modulate(x, scale)
+
+    primal, tangent = torch.func.jvp(run, (x, scale), (x.cos(), scale.sin()))
+    h = 1e-3
+    difference = run(x + h * x.cos(), scale + h * scale.sin()) - run(x - h * x.cos(), scale - h * scale.sin())
+    torch.testing.assert_close(primal, run(x, scale))
+    torch.testing.assert_close(tangent, difference / (2 * h), rtol=1e-3, atol=1e-3)
+
+
 def test_second_derivatives() -> None:
     """The native gradient is made of differentiable steps, so gradient penalties work."""
     grads = []

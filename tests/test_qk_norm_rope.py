@@ -249,6 +249,19 @@ def test_reference_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda *a, how=how: reference(*a, *how), leaves)
 
 
+def test_forward_mode_gives_the_tangent() -> None:
+    args = arguments(batch=1, heads=2, kv_heads=2)
+    q = args.pop("q")
+
+    def run(q: Tensor) -> Tensor:
+        return hhattn.qk_norm_rope(q, **args)[0]
+
+    tangent = torch.func.jvp(run, (q,), (q.cos(),))[1]
+    h = 1e-3
+    difference = (run(q + h * q.cos()) - run(q - h * q.cos())) / (2 * h)
+    torch.testing.assert_close(tangent, difference, rtol=1e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiled_without_a_break(impl: str) -> None:
     layout = hhattn.VideoLayout(1, 11, 1, tile=(1, 2, 1), text_len=3)

@@ -45,7 +45,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ca
     return _dispatch.call(OP, None, q, k, v, scale=scale, causal=causal)
 
 
-@_dispatch.register(OP, "reference")
+@_dispatch.register(OP, "reference", transforms=True)
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Tensor:
     mask, queries, keys = None, q.shape[1], k.shape[1]
     if causal and queries != keys:

@@ -18,7 +18,7 @@ FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
 _DTYPES = (*_check.DTYPES, torch.float64)
 MAX_HEAD_DIM = 256
 
-_dispatch.register(OP, "reference")(_reference.block_linear_attention)
+_dispatch.register(OP, "reference", transforms=True)(_reference.block_linear_attention)
 
 
 class LinearAttentionState(NamedTuple):

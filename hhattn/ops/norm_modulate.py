@@ -103,7 +103,7 @@ def _validate(
             )
 
 
-_dispatch.register(OP, "reference")(_reference)
+_dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
 def _cpp_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:

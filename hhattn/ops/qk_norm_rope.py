@@ -164,7 +164,7 @@ def _tables(
     return out[0], out[1]
 
 
-_dispatch.register(OP, "reference")(_reference)
+_dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
 def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hhattn import _transforms
+
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "identity": lambda x: x,
@@ -89,13 +91,18 @@ def decayed_prefix(x: Tensor, decay: Tensor, reverse: bool = False) -> Tensor:
 
 
 class _DecayedPrefix(torch.autograd.Function):
-    """:func:`decayed_prefix` that keeps its result only, not the log2(N) steps, for the backward."""
+    """:func:`decayed_prefix` that keeps its result only, not the log2(N) steps, for the backward. ``setup_context`` and
+    the vmap rule let ``torch.func`` through; forward mode goes past it, since Dynamo takes no Function with a jvp."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decay: Tensor) -> Tensor:
-        y = decayed_prefix(x, decay)
-        ctx.save_for_backward(y, decay)
-        return y
+    def forward(x: Tensor, decay: Tensor) -> Tensor:
+        return decayed_prefix(x, decay)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +120,9 @@ def _prefix(sums: Tensor, decay: Tensor | None, initial: Tensor | None) -> Tenso
         sums = torch.cat((sums[:, :, :1] + initial[:, :, None], sums[:, :, 1:]), 2)
     if sums.shape[2] == 1:
         return sums
-    return sums.cumsum(2) if decay is None else _DecayedPrefix.apply(sums, decay)
+    if decay is None:
+        return sums.cumsum(2)
+    return decayed_prefix(sums, decay) if _transforms.forward_mode() else _DecayedPrefix.apply(sums, decay)
 
 
 def _share(x: Tensor, groups: int) -> Tensor:
