@@ -221,6 +221,16 @@ def test_state_is_float32_and_a_pytree() -> None:
     assert not state.detach().kv.requires_grad
 
 
+def test_the_state_holds_nothing_but_itself() -> None:
+    """Not a view into the sums of every chunk, which would keep them alive for as long as the state."""
+    q, k, v = inputs(1, 20, 2, 2, 8, 8)
+    for chunk_lens in (None, 2):
+        _, state = block_linear_attention(q, k, v, chunk_lens=chunk_lens, output_final_state=True)
+        for x in state:
+            assert x.untyped_storage().nbytes() == x.nbytes
+            assert x.is_contiguous()
+
+
 def test_long_sums_stay_accurate_in_bfloat16() -> None:
     """Hundreds of chunks of bfloat16 keys: a state kept in bfloat16 would be off by percents, this one by rounding."""
     k = randn(1, 4000, 1, 4, dtype=torch.bfloat16).abs()

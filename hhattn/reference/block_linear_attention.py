@@ -194,4 +194,5 @@ def block_linear_attention(
     if normalize:
         out = out / (_weight(runs, phi_q, k_sum) + eps)
     out = out.transpose(1, 2).to(q.dtype).contiguous()
-    return out, (kv[:, :, -1], k_sum[:, :, -1]) if output_final_state else None
+    # clones: a view of the last chunk's would keep every chunk's sums alive
+    return out, (kv[:, :, -1].clone(), k_sum[:, :, -1].clone()) if output_final_state else None
