@@ -5,6 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := pyproject.toml setup.py build_backend.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
+# The stamp of torch holds what was asked for; when another TORCH is given, it is installed in its place.
+ifneq ($(origin TORCH),file)
+ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/.torch
+endif
+endif
+
 .PHONY: setup demo test test-all bench gpu lint clean
 
 setup: $(VENV)/.everything
@@ -12,8 +19,8 @@ setup: $(VENV)/.everything
 # torch first, so that building hhattn finds it and downloads none.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
-	@touch $@
+	$(BIN)/python -m pip install --disable-pip-version-check $(if $(wildcard $@),--force-reinstall) "$(TORCH)"
+	@echo '$(TORCH)' > $@
 
 # What the demo needs, and no more.
 $(VENV)/.video: $(VENV)/.torch $(NATIVE)

@@ -1,8 +1,9 @@
 """Build the native library ``hhattn._C``; everything else about the package is in pyproject.toml.
 
 torch is never imported here: its headers and libraries are found on disk, in the environment being installed into, so
-that a plain isolated ``pip install .`` uses the torch that is there. Without a compiler (or with HHATTN_NATIVE=0) the
-package is installed pure Python, which works, slower; ``hhattn info`` tells.
+that a plain isolated ``pip install .`` uses the torch that is there. Where the library can't be built (or with
+HHATTN_NATIVE=0) the package is installed pure Python, which works, slower; ``hhattn info`` tells. HHATTN_NATIVE=1 makes
+that an error.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+from build_backend import find_torch, is_usable  # noqa: E402  not installed, so its folder has to be named first
+
 # Never -march=native: a wheel runs on other machines. Each set is one more compilation of csrc/cpu/kernels.cpp.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -37,11 +44,26 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
 def torch_dir() -> Path | None:
     """torch's folder in the environment being installed into, else in the build environment; None if there is none."""
-    roots = [Path(sysconfig.get_path(key), "torch") for key in ("purelib", "platlib")]
+    if torch := find_torch():
+        return torch
     spec = importlib.util.find_spec("torch")
-    if spec and spec.origin:
-        roots.append(Path(spec.origin).parent)
-    return next((r for r in roots if (r / "include/torch/csrc/stable/library.h").exists()), None)
+    torch = Path(spec.origin).parent if spec and spec.origin else None
+    return torch if torch and is_usable(torch) else None
+
+
+class CompilerFailed(Exception):
+    """The last lines that the compiler said."""
+
+
+def run_compiler(command: list[str], **settings: Any) -> None:
+    """As setuptools runs it, but what it says is kept for :class:`CompilerFailed`."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False, **settings
+    )
+    print(done.stdout, end="", file=sys.stderr)
+    if done.returncode:
+        said = "\n".join(f"    {line}" for line in done.stdout.splitlines()[-12:])
+        raise CompilerFailed(f"{command[0]} failed with exit code {done.returncode}; its last lines:\n{said}")
 
 
 class BuildNative(build_ext):
@@ -53,16 +75,23 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_dir()
         self.skipped = self.why_not(torch)
+        if torch and not self.skipped:
+            try:
+                self.build(ext, torch)
+            except (CompilerFailed, CompileError, LinkError, OSError) as error:
+                self.skipped = str(error)
         if reason := self.skipped:
             if os.environ.get("HHATTN_NATIVE") == "1":
                 raise SystemExit(f"hhattn: HHATTN_NATIVE=1, but the native library can't be built: {reason}")
-            print(f"\n*** hhattn: installing WITHOUT the native library: {reason}.", file=sys.stderr)
+            print(f"\n*** hhattn: installing WITHOUT the native library: {reason}", file=sys.stderr)
             print("*** Everything works, on slower implementations; `hhattn info` shows which.\n", file=sys.stderr)
-            return
-        assert torch is not None
+
+    def build(self, ext: Extension, torch: Path) -> None:
+        """Compile and link, unless the library is newer than all it is made of."""
         target = self.get_ext_fullpath(ext.name)
         if not self.force and not newer_group([*ext.sources, *ext.depends], target, "newer"):
             return
+        self.compiler.spawn = self.compiler.call = run_compiler  # the first before setuptools 84, the second since
         ext.extra_objects = self.compile_all(torch)
         ext.sources, ext.library_dirs, ext.libraries = [], [str(torch / "lib")], ["torch_cpu"]
         super().build_extension(ext)
@@ -82,6 +111,8 @@ class BuildNative(build_ext):
             return "HHATTN_NATIVE=0"
         if torch is None:
             return "torch >= 2.10 was not found, whose headers it needs"
+        if importlib.util.find_spec("pybind11") is None:
+            return "pybind11 was not found, whose headers it needs"
         if self.compiler.compiler_type != "unix":
             return f"it needs GCC or Clang, and the compiler here is of type {self.compiler.compiler_type!r}"
         command = (getattr(self.compiler, "compiler_so_cxx", None) or self.compiler.compiler_so)[0]

@@ -18,7 +18,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "hhattn._C":
             return None, f"the native library is broken: {error}"
-        return None, "the native library is not built (no C++ compiler when hhattn was installed, or HHATTN_NATIVE=0)"
+        return None, (
+            "the native library is not built (no C++ compiler or one that failed when hhattn was installed, which "
+            "`pip install -v` shows, or HHATTN_NATIVE=0)"
+        )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return None, f"the native library could not be loaded: {error}"
 

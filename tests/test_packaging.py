@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="hhattn
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HHATTN_NATIVE")} | environment
     done = subprocess.run([str(c) for c in command], env=env, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -36,8 +36,8 @@ def test_setup_never_imports_torch() -> None:
 
 def test_backend_asks_for_torch_only_where_it_is_missing(tmp_path: Path) -> None:
     code = (
-        "import sys, types; sys.path.insert(0, ''); import build_backend\n"
-        "if sys.argv[1]: build_backend.sysconfig = types.SimpleNamespace(get_path=lambda key: sys.argv[1])\n"
+        "import sys; sys.path.insert(0, ''); import build_backend\n"
+        "if site := sys.argv[1]: build_backend.site_folders = lambda: [site]\n"
         "print([r for r in build_backend.get_requires_for_build_wheel() if 'torch' in r],\n"
         "      [r for r in build_backend.get_requires_for_build_editable() if 'torch' in r])"
     )
@@ -51,6 +51,97 @@ def test_backend_asks_for_torch_only_where_it_is_missing(tmp_path: Path) -> None
     assert asked("").endswith("[] []\n")
     assert asked(str(tmp_path)).endswith("['torch>=2.10'] ['torch>=2.10']\n")
     assert asked(str(tmp_path), HHATTN_NATIVE="0").endswith("[] []\n")
+    for version, missing in (("2.9.1+cu130", "'torch>=2.10'"), ("2.10.0a0", ""), ("3.0.0", "")):
+        pretend_torch(tmp_path, version)
+        assert asked(str(tmp_path)).endswith(f"[{missing}] [{missing}]\n"), version
+
+
+def pretend_torch(site: Path, version: str) -> None:
+    """What the build reads of a torch."""
+    header = site / "torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    header.touch()
+    (site / "torch/version.py").write_text(f"__all__ = ['__version__']\n__version__ = '{version}'\n")
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_backend_finds_the_systems_torch_where_it_is_seen(tmp_path: Path, sees: bool) -> None:
+    venv.EnvBuilder(system_site_packages=sees).create(tmp_path / "venv")
+    code = (
+        "import sys; sys.modules['setuptools'] = sys.modules['setuptools.build_meta'] = type(sys)('setuptools')\n"
+        "sys.modules['setuptools'].build_meta = None; sys.path.insert(0, sys.argv[1]); sys.base_prefix = sys.argv[2]\n"
+        "import build_backend; print(build_backend.find_torch())"
+    )
+    site = tmp_path / f"base/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    pretend_torch(site, "2.13.0")
+    found = run(tmp_path / "venv/bin/python", "-c", code, ROOT, tmp_path / "base", PYTHONUSERBASE=str(tmp_path))
+    assert found.strip() == (str(site / "torch") if sees else "None")
+
+
+def build(source: Path, **environment: str) -> tuple[int, str]:
+    env = {k: v for k, v in os.environ.items() if k != "HHATTN_NATIVE"} | environment
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_compiler_that_fails_leaves_pure_python(tmp_path: Path) -> None:
+    """With its last words, and no library; where the library is demanded, that is an error."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\nfor i in $(seq 30); do echo note $i >&2; done; echo 'error: no such rune' >&2; exit 3"
+    )
+    compiler.chmod(0o755)
+    source = copy_of_the_source(tmp_path)
+    for native, expected in (("", 0), ("1", 1)):
+        code, log = build(source, CXX=str(compiler), HHATTN_NATIVE=native)
+        assert code == expected, log
+        reason = log[log.index("HHATTN_NATIVE=1, but" if native else "installing WITHOUT the native library") :]
+        assert f"{compiler} failed with exit code 3" in reason
+        assert "error: no such rune" in reason
+        assert "note 30\n" in reason
+        assert "note 5\n" not in reason
+    assert not list(source.rglob("*.so"))
+
+
+def test_a_torch_that_is_too_old_leaves_pure_python(tmp_path: Path) -> None:
+    source, site = copy_of_the_source(tmp_path), tmp_path / "site"
+    pretend_torch(site, "2.9.1")
+    (site / "torch/__init__.py").touch()
+    backend = source / "build_backend.py"
+    backend.write_text(backend.read_text() + "\n\nsite_folders = lambda: []\n")
+    code, log = build(source, PYTHONPATH=str(site))
+    assert code == 0, log
+    assert "WITHOUT the native library: torch >= 2.10 was not found" in log
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_another_torch_is_installed_where_it_is_asked_for(tmp_path: Path) -> None:
+    """Its stamp holds the value, so asking for the same again does nothing; not asking keeps what is there."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "build_backend.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / ".venv").mkdir()
+
+    def plan(*args: str) -> str:
+        env = {k: v for k, v in os.environ.items() if k != "TORCH" and not k.startswith("MAKE")}
+        command = ["make", "-n", "setup", *args]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert 'install --disable-pip-version-check  "torch==' in plan()
+    (tmp_path / ".venv/.torch").write_text("torch==2.13.0\n")
+    (tmp_path / ".venv/.everything").touch()
+    assert "pip" not in plan()
+    assert "pip" not in plan("TORCH=torch==2.13.0")
+    other = plan("TORCH=torch")
+    assert '--force-reinstall "torch"' in other
+    assert "echo 'torch' > .venv/.torch" in other
+    assert "pip install --disable-pip-version-check -e" in other, "hhattn is built again, against the new one"
+
+
+def test_the_native_library_is_there_where_it_is_demanded() -> None:
+    if os.environ.get("HHATTN_NATIVE") == "1":
+        assert _ext.why_missing() is None
 
 
 @pytest.mark.skipif(not NATIVE_ISAS or not shutil.which("nm"), reason="needs the native library and nm")
