@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -263,6 +265,30 @@ def test_times_of_pictures() -> None:
 def test_requests_refuse(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Request(**settings)
+
+
+def test_a_device_that_is_not_here(tmp_path: Path) -> None:
+    for device in ("no-such", "xpu:99"):
+        with pytest.raises(ValueError, match=f"device='{device}'; accepted"):
+            Pipeline(tmp_path, device=device)
+
+
+def test_tensors_are_made_where_the_pipeline_is(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that runs on the pipeline's device runs here with another device as torch's default: a tensor whose
+    device nobody named would land there, and not mix with the rest."""
+    picture = torch.rand(3, *TINY.native)
+    wish = request(1.5, guidance=2.0)
+    expected = film(pipeline, wish, picture)  # this makes the masks, too, which are kept
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta
+
+    def elsewhere(whole: Callable[..., object], *args: object) -> object:
+        with torch.device("meta"):
+            return whole(*args)
+
+    for name in ("_encode", "_mismatch", "_denoise", "_decode"):
+        monkeypatch.setattr(pipeline, name, partial(elsewhere, getattr(pipeline, name)))
+    assert torch.equal(film(pipeline, wish, picture), expected)
 
 
 def test_the_largest_seed_works(pipeline: Pipeline) -> None:

@@ -69,17 +69,28 @@ class Chunk:
 
     index: int
     frames: Tensor
-    latents: Tensor
+    latents: Tensor  # [1, T, C, h, w], on the pipeline's device
     poses: Tensor  # [T, 4, 4]: x, y, angle, camera of each of the latent frames' pictures
     seconds: dict[str, float]
 
 
 class Pipeline:
-    """The bundled models, ready to generate. ``Pipeline()`` loads the weights that come with the package."""
+    """The bundled models, ready to generate. ``Pipeline()`` loads the weights that come with the package.
 
-    def __init__(self, folder: Path | None = None):
+    ``device`` is where latents and pictures are made. The motion prior stays on the CPU, where its few small steps are
+    quickest, and noise is drawn there, so that it is the same everywhere. Run on CPUs only so far. Raises ValueError
+    for a device that isn't here.
+    """
+
+    def __init__(self, folder: Path | None = None, device: str | torch.device = "cpu"):
+        try:
+            self.device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"device={str(device)!r}; accepted: a device that torch has here ({e})") from None
         self.codec, self.dit, self.prior, self.reader = Codec(), VideoDiT(), MotionPrior(), Reader()
         load({"codec": self.codec, "dit": self.dit, "prior": self.prior, "reader": self.reader}, folder)
+        for model in (self.codec, self.dit, self.reader):
+            model.to(self.device)
 
     def understand(self, request: Request, picture: Tensor | None = None) -> Prompt:
         """The prompt's words; with a picture, what the prompt leaves open is read off the picture.
@@ -94,7 +105,7 @@ class Pipeline:
 
     def _encode(self, picture: Tensor, size: Size) -> Tensor:
         margin = size.margin
-        padded = F.pad(picture[None], (0, 0, margin, margin), mode="replicate")
+        padded = F.pad(picture[None].to(self.device), (0, 0, margin, margin), mode="replicate")
         return self.codec.encode(padded[None])[0]
 
     @torch.no_grad()
@@ -162,12 +173,12 @@ class Pipeline:
         """Mean square error ``[n]``, in pixels, between a picture's latents and those drawn in one step at
         ``poses [n, 4]``."""
         n, half = len(poses), (size.grid[0], size.grid[1] // 2)  # half the columns tell enough
-        seen = first[..., : half[1]]
-        still = poses.view(n, 1, 1, 4).expand(-1, -1, TIME, -1)
-        cond = self.dit.condition(
-            words.expand(n, -1), torch.zeros(n, 1, TIME), still, torch.zeros(n, 2), half, size.margin
-        )
-        drawn, _ = self.dit(torch.zeros_like(seen).expand(n, -1, -1, -1, -1), torch.full((n, 1), START), cond, (1,))
+        seen, dev = first[..., : half[1]], self.device
+        still = poses.to(dev).view(n, 1, 1, 4).expand(-1, -1, TIME, -1)
+        start, origin = torch.zeros(n, 1, TIME, device=dev), torch.zeros(n, 2, device=dev)
+        cond = self.dit.condition(words.to(dev).expand(n, -1), start, still, origin, half, size.margin)
+        level = torch.full((n, 1), START, device=dev)
+        drawn, _ = self.dit(torch.zeros_like(seen).expand(n, -1, -1, -1, -1), level, cond, (1,))
         return ((drawn - seen) * self.codec.spread.view(-1, 1, 1)).square().mean((1, 2, 3, 4))
 
     @staticmethod
@@ -193,15 +204,16 @@ class Pipeline:
         size: Size,
         first: Tensor | None,
     ) -> tuple[Tensor, Memory]:
-        grid, origin = size.grid, torch.zeros(1, 2)
+        words, times, poses = words.to(self.device), times.to(self.device), poses.to(self.device)
+        grid, origin = size.grid, torch.zeros(1, 2, device=self.device)
         cond = self.dit.condition(words, times, poses, origin, grid, size.margin)
         empty = None
         if request.guidance != 1:
             empty = self.dit.condition(self.dit.no_words(1), times, poses, origin, grid, size.margin)
         # a chunk's noise depends on its index alone; its frames share it, so that what is left of it is steady
         g = torch.Generator().manual_seed((request.seed << 20) + index)
-        noise = torch.randn(1, 1, self.dit.config.channels, *grid, generator=g) * request.noise
-        noise = noise.expand(-1, times.shape[1], -1, -1, -1)
+        noise = torch.randn(1, 1, self.dit.config.channels, *grid, generator=g, device="cpu") * request.noise
+        noise = noise.to(self.device).expand(-1, times.shape[1], -1, -1, -1)
         return sample_chunk(
             self.dit, cond, empty, noise, memory, steps=request.steps, guidance=request.guidance, first=first
         )
@@ -214,7 +226,7 @@ class Pipeline:
             x = frames[0, :, :, size.margin : size.margin + size.native[0], : size.native[1]].clamp(0, 1)
             if size.output != size.native:
                 x = F.interpolate(x, size=size.output, mode="area")
-            out.append((x.permute(0, 2, 3, 1) * 255).round().byte())
+            out.append((x.permute(0, 2, 3, 1) * 255).round().byte().cpu())
         assert state is not None
         return torch.cat(out), state
 

@@ -126,7 +126,12 @@ def timestep_features(t: Tensor, dim: int = 64) -> Tensor:
 
 @lru_cache(maxsize=32)
 def window_mask(
-    config: Config, grid: tuple[int, int], frames: int, chunk_lens: tuple[int, ...], past: int
+    config: Config,
+    grid: tuple[int, int],
+    frames: int,
+    chunk_lens: tuple[int, ...],
+    past: int,
+    device: torch.device | str = "cpu",
 ) -> BlockMask:
     """The sparse blocks' mask, in tile order.
 
@@ -145,7 +150,8 @@ def window_mask(
     seen = masks.frame_window(layout, reach, **only)
     if len(chunk_lens) > 1:
         seen = seen & masks.block_causal(layout, chunk_lens[0], **only)
-    return near & (seen | masks.sink(layout, 1, **only))
+    mask = near & (seen | masks.sink(layout, 1, **only))
+    return mask if mask.device == torch.device(device) else mask.to(device)
 
 
 class MixFFN(nn.Module):
@@ -232,7 +238,7 @@ class Block(nn.Module):
         t, n = x.shape[1:3]
         layout = hhattn.VideoLayout(t, grid[0], grid[1], tile=(1, *self.config.tile))
         past = 0 if memory.ring is None else memory.ring[0].shape[1] // n
-        mask = window_mask(self.config, grid, t, chunk_lens, past)
+        mask = window_mask(self.config, grid, t, chunk_lens, past, x.device)
         tokens = layout.to_tiles(x.flatten(1, 2), dim=1)
         rope = (layout.to_tiles(rope[0], dim=0), layout.to_tiles(rope[1], dim=0))
         y, kv = self.attn(tokens, mask, rope=rope, kv_cache=memory.ring, return_kv=True)
@@ -268,7 +274,7 @@ class VideoDiT(nn.Module):
 
     def no_words(self, batch: int) -> Tensor:
         """The ids ``[B, 5]`` of a prompt that says nothing."""
-        return torch.tensor(self.config.word_slots).expand(batch, -1)
+        return torch.tensor(self.config.word_slots, device=self.spread.device).expand(batch, -1)
 
     def condition(
         self, word_ids: Tensor, times: Tensor, poses: Tensor, origin: Tensor, grid: tuple[int, int], margin: int = 8

@@ -48,7 +48,7 @@ def sample_chunk(
         return x if first is None else torch.cat([first, x[:, 1:]], 1)
 
     def level(t: float) -> Tensor:
-        out = torch.full(noise.shape[:2], t)
+        out = torch.full(noise.shape[:2], t, device=noise.device)
         if first is not None:
             out[:, 0] = 0
         return out
