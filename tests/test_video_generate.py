@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from video_models import HALF, TINY, cut, inputs, small_dit, tensors_of, untrained_pipeline, write_untrained
 
 from hhattn.video import weights
@@ -149,9 +150,11 @@ def test_sizes_fit_the_grid(size: str) -> None:
 
 
 def held() -> int:
-    """Bytes of every real tensor that is alive; fake ones, which other tests' compilations leave, have no storage."""
+    """Bytes of every real tensor that is alive. Fake ones, which other tests' compilations leave, have no storage, nor have
+    torch.func's wrappers."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    tensors = [t for t in tensors if not is_functorch_wrapped_tensor(t)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
