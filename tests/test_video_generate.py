@@ -150,8 +150,8 @@ def test_sizes_fit_the_grid(size: str) -> None:
 
 
 def held() -> int:
-    """Bytes of every real tensor that is alive. Fake ones, which other tests' compilations leave, have no storage, nor have
-    torch.func's wrappers."""
+    """Bytes of every real tensor that is alive. Fake ones, which other tests' compilations leave, have no storage, nor
+    have torch.func's wrappers."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
     tensors = [t for t in tensors if not is_functorch_wrapped_tensor(t)]

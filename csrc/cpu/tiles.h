@@ -25,17 +25,13 @@ inline void load_scaled(const In& in, int64_t at, int64_t n, float factor, float
   });
 }
 
-// `rows` tokens of one head: where they stand if they are floats and D is a multiple of `multiple`, else copied to `copy`, each
-// filled with zeros up to whole vectors.
-inline Tile load_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, int64_t multiple,
-                      float* copy) {
+// `rows` tokens of one head as floats, rows of D filled with zeros up to whole vectors.
+inline void copy_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float* to) {
   const int64_t at = b * x.batch + token * x.token + h * x.head, width = round_up(dim, kLanes);
-  if (x.in.dtype == DType::f32 && dim % multiple == 0) return {static_cast<const float*>(x.in.data) + at, x.token, rows};
   for (int64_t r = 0; r < rows; ++r) {
-    load_row(x.in, at + r * x.token, dim, 0, copy + r * width);
-    for (int64_t d = dim; d < width; ++d) copy[r * width + d] = 0;
+    load_row(x.in, at + r * x.token, dim, 0, to + r * width);
+    for (int64_t d = dim; d < width; ++d) to[r * width + d] = 0;
   }
-  return {copy, width, rows};
 }
 
 // `rows` tokens of one head, times `factor`, as columns: to [dim, columns], zeros beyond the rows.
@@ -83,17 +79,17 @@ inline bool all_finite(const Tile& x, int64_t width) {
   return sum<kLanes>(zeros) == 0;
 }
 
-inline int64_t column_of(const BlockRow& row, int64_t entry) {
-  return entry < row.partial ? row.columns[entry] : row.full_columns[entry - row.partial];
-}
-
-// The bits of a tile [bq, bk] by key: kept [bk up to 8, queries up to 8], bit i of a key's row for query i.
-inline void transpose_bits(const uint8_t* tile, int64_t bq, int64_t bk, int64_t queries, uint8_t* kept) {
+// The bits of `keys` keys of a tile [bq, bk] from `first` on (a multiple of 8), by key: kept [keys up to 8, queries up to 8], bit i
+// of a key's row for query i.
+inline void transpose_bits(const uint8_t* tile, int64_t bq, int64_t bk, int64_t first, int64_t keys, int64_t queries,
+                           uint8_t* kept) {
   const int64_t bytes = (bk + 7) / 8, out_bytes = round_up(queries, 8) / 8;
   for (int64_t i = 0; i < out_bytes; ++i) {
-    for (int64_t j = 0; j < bytes; ++j) {
+    for (int64_t j = 0; j < (keys + 7) / 8; ++j) {
       uint64_t x = 0;
-      for (int64_t r = 0; r < 8 && i * 8 + r < bq; ++r) x |= uint64_t{tile[(i * 8 + r) * bytes + j]} << 8 * r;
+      for (int64_t r = 0; r < 8 && i * 8 + r < bq; ++r) {
+        x |= uint64_t{tile[(i * 8 + r) * bytes + first / 8 + j]} << 8 * r;
+      }
       // transpose 8x8 bits: swap single bits, then pairs, then fours
       uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
       x ^= t ^ t << 7;
