@@ -2,7 +2,7 @@
 //
 // Queries lie along the vectors: scores are kept transposed, [keys, queries], so that k and v are read as they stand, maxima
 // and sums of a row need no sum across a vector, and only the query block is ever transposed, once for its whole list.
-// Several key blocks are taken together until they make about kKeys keys; their scores stay in the cache.
+// Keys are taken kKeys at a time, from one block or several; scores and values of that many stay in the nearest cache.
 #pragma once
 
 #include "exp2.h"
@@ -11,34 +11,72 @@
 
 namespace hhattn::HHATTN_ISA {
 
-inline constexpr int64_t kKeys = 128;
+inline constexpr int64_t kKeys = 64;
+
+// Consecutive keys of one block: `keys` of them from token `at` on, the block's `first`-th and later. `tile` is null where all
+// are attended.
+struct Piece {
+  int64_t at = 0, keys = 0, first = 0;
+  const uint8_t* tile = nullptr;
+};
+
+// A query block's keys, up to kKeys at a time, in the order of its lists.
+class Pieces {
+ public:
+  Pieces(const BlockMask& mask, const BlockRow& row, int64_t k_len) : mask_(mask), row_(row), k_len_(k_len) {}
+
+  // The next pieces; false when there are none.
+  bool next() {
+    count = keys = 0;
+    for (; entry_ < row_.partial + row_.full; ++entry_, first_ = 0) {
+      const bool partial = entry_ < row_.partial;
+      const int64_t start = (partial ? row_.columns[entry_] : row_.full_columns[entry_ - row_.partial]) * mask_.bk;
+      for (const int64_t stop = std_min(mask_.bk, k_len_ - start); first_ < stop; first_ += piece[count++].keys) {
+        const int64_t n = std_min(stop - first_, kKeys);
+        if (keys + n > kKeys) return true;
+        piece[count] = {start + first_, n, first_, partial ? mask_.tile(row_.tiles[entry_]) : nullptr};
+        keys += n;
+      }
+    }
+    return count > 0;
+  }
+
+  Piece piece[kKeys];
+  int64_t count = 0, keys = 0;
+
+ private:
+  const BlockMask& mask_;
+  const BlockRow row_;
+  const int64_t k_len_;
+  int64_t entry_ = 0, first_ = 0;
+};
 
 struct SparseScratch {
-  float *query, *scores, *sums, *top, *total, *keep, *tile;
+  float *query, *scores, *sums, *top, *total, *keep;
   uint8_t* kept;
 };
 
 // What a thread needs, laid out from `base`; returns the floats taken.
 inline int64_t lay_out(const BlockSparse& a, float* base, SparseScratch& t) {
-  const int64_t queries = round_up(a.mask.bq, kLanes), keys = std_max(a.mask.bk, kKeys);
-  float* at = base;
-  const auto take = [&](int64_t n) {
-    float* taken = at;
-    at += round_up(n, 16);
-    return taken;
-  };
-  t.query = take(a.dim * queries);
-  t.scores = take(keys * queries);
-  t.sums = take(a.mask.bq * round_up(a.v_dim, kLanes));
-  t.top = take(queries);
-  t.total = take(queries);
-  t.keep = take(queries);
-  t.tile = take(a.mask.bk * round_up(std_max(a.dim, a.v_dim), kLanes));
-  t.kept = reinterpret_cast<uint8_t*>(take(round_up(a.mask.bk, 8) * round_up(queries, 8) / 32 + 1));
-  return at - base;
+  const int64_t queries = round_up(a.mask.bq, kLanes);
+  Layout layout(base);
+  t.query = layout.take(a.dim * queries);
+  t.scores = layout.take(kKeys * queries);
+  t.sums = layout.take(a.mask.bq * round_up(a.v_dim, kLanes));
+  t.top = layout.take(queries);
+  t.total = layout.take(queries);
+  t.keep = layout.take(queries);
+  // every piece begins a row of bytes of its own, rounded up to 8 keys
+  t.kept = reinterpret_cast<uint8_t*>(layout.take(8 * kKeys * round_up(queries, 8) / 32 + 1));
+  return layout.taken();
 }
 
-// −inf over the masked of `keys` rows of scores; `kept` has the tile's bits by key.
+inline int64_t block_sparse_scratch(const BlockSparse& a) {
+  SparseScratch t;
+  return lay_out(a, nullptr, t);
+}
+
+// −inf over the masked of `keys` rows of scores; `kept` has their bits by key.
 inline void mask_scores(const uint8_t* kept, int64_t keys, int64_t queries, float* scores) {
   using U = VecU<kLanes>;
   const Vec<kLanes> nothing = Vec<kLanes>{} - __builtin_inff();
@@ -68,83 +106,85 @@ inline bool soften(int64_t keys, int64_t queries, const SparseScratch& t) {
     for (; j < keys; ++j) top[0] = larger(read<V>(s + j * queries), top[0]);
     const V now = larger(larger(top[0], top[1]), larger(top[2], top[3]));
     const V shift = now == V{} - __builtin_inff() ? V{} : now;
-    V sum[2] = {};
-    for (j = 0; j + 2 <= keys; j += 2) {
-#pragma GCC unroll 2
-      for (int u = 0; u < 2; ++u) {
+    V sum[4] = {};
+    for (j = 0; j + 4 <= keys; j += 4) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
         const V p = exp2(read<V>(s + (j + u) * queries) - shift);
         F32::store<kLanes>(s + (j + u) * queries, p);
         sum[u] += p;
       }
     }
-    if (j < keys) {
+    for (; j < keys; ++j) {
       const V p = exp2(read<V>(s + j * queries) - shift);
       F32::store<kLanes>(s + j * queries, p);
       sum[0] += p;
     }
     const V keep = exp2(before - shift);
     F32::store<kLanes>(t.keep + i, keep);
-    F32::store<kLanes>(t.total + i, read<V>(t.total + i) * keep + (sum[0] + sum[1]));
+    F32::store<kLanes>(t.total + i, read<V>(t.total + i) * keep + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
     F32::store<kLanes>(t.top + i, now);
     for (int lane = 0; lane < kLanes; ++lane) moved |= keep[lane] != 1.0f;
   }
   return moved;
 }
 
-// sums [queries, v_dim] += weightsᵀ [queries, keys] · v, for one key block.
-inline void add_values(const BlockSparse& a, const Tile& v, const uint8_t* kept, const float* weights, int64_t queries,
-                       int64_t rows, float* sums) {
-  const int64_t width = round_up(a.v_dim, kLanes);
-  if (!kept || all_finite(v, width)) {
-    return multiply<A::by_columns, true>(rows, width, v.rows, weights, queries, v.data, v.stride, sums, width);
+// sums [rows, width] += weightsᵀ · v, weights [keys, queries], v [keys, width]. Where bits of some pairs are 0, these pairs don't
+// meet: 0 times inf or NaN would be NaN.
+inline void add_attended(const uint8_t* kept, const float* weights, int64_t keys, int64_t queries, int64_t rows, const float* v,
+                         int64_t width, float* sums) {
+  if (!kept || all_finite(v, keys * width)) {
+    return multiply<A::by_columns, true>(rows, width, keys, weights, queries, v, width, sums, width);
   }
-  // a weight of 0 times inf or NaN is NaN, but a masked pair must not meet: slowly, pair by pair
-  for (int64_t j = 0; j < v.rows; ++j) {
+  for (int64_t j = 0; j < keys; ++j) {
     for (int64_t i = 0; i < rows; ++i) {
       if (!(kept[j * round_up(queries, 8) / 8 + i / 8] >> i % 8 & 1)) continue;
-      for (int64_t d = 0; d < width; ++d) sums[i * width + d] += weights[j * queries + i] * v.data[j * v.stride + d];
+      for (int64_t d = 0; d < width; ++d) sums[i * width + d] += weights[j * queries + i] * v[j * width + d];
     }
   }
 }
 
-// One query block: batch entry b, head h, block number i.
-inline void block_sparse_forward(const BlockSparse& a, int64_t b, int64_t h, int64_t i, float* scratch) {
+// Tokens [begin, end) of one key head of k and v, as the kernel below reads them.
+inline void block_sparse_pack(const BlockSparse& a, int64_t b, int64_t kv_head, int64_t begin, int64_t end, float* k, float* v) {
+  copy_rows(a.k, b, begin, kv_head, end - begin, a.dim, k + begin * round_up(a.dim, kLanes));
+  copy_rows(a.v, b, begin, kv_head, end - begin, a.v_dim, v + begin * round_up(a.v_dim, kLanes));
+}
+
+// One query block: batch entry b, head h, block number i; k and v are the packed ones of its key head.
+inline void block_sparse_forward(const BlockSparse& a, int64_t b, int64_t h, int64_t i, const float* k, const float* v,
+                                 float* scratch) {
   SparseScratch t;
   lay_out(a, scratch, t);
   const BlockMask& m = a.mask;
-  const BlockRow row = m.row(b, h, i);
-  const int64_t queries = round_up(m.bq, kLanes), width = round_up(a.v_dim, kLanes), first = i * m.bq;
-  const int64_t rows = std_min(m.bq, a.q_len - first), kv_head = h / (a.heads / a.kv_heads);
+  const int64_t queries = round_up(m.bq, kLanes), k_width = round_up(a.dim, kLanes), width = round_up(a.v_dim, kLanes);
+  const int64_t first = i * m.bq, rows = std_min(m.bq, a.q_len - first), bytes = round_up(queries, 8) / 8;
   load_columns(a.q, b, first, h, rows, a.dim, a.scale * kLog2E, queries, t.query);
   memset(t.sums, 0, rows * width * sizeof(float));
   memset(t.total, 0, queries * sizeof(float));
   for (int64_t r = 0; r < queries; ++r) t.top[r] = -__builtin_inff();
 
-  const int64_t blocks = row.partial + row.full, together = std_max(1, kKeys / m.bk);
-  for (int64_t start = 0; start < blocks; start += together) {
-    const int64_t stop = std_min(blocks, start + together);
-    int64_t keys = 0;
-    for (int64_t e = start; e < stop; ++e) {
-      const int64_t at = column_of(row, e) * m.bk, n = std_min(m.bk, a.k_len - at);
-      const Tile k = load_rows(a.k, b, at, kv_head, n, a.dim, 1, t.tile);
-      float* scores = t.scores + keys * queries;
-      multiply<A::by_rows, false>(n, queries, a.dim, k.data, k.stride, t.query, queries, scores, queries);
-      if (e < row.partial) {
-        transpose_bits(m.tile(row.tiles[e]), m.bq, m.bk, queries, t.kept);
-        mask_scores(t.kept, n, queries, scores);
+  Pieces pieces(m, m.row(b, h, i), a.k_len);
+  while (pieces.next()) {
+    float* scores = t.scores;
+    uint8_t* kept = t.kept;
+    for (int64_t p = 0; p < pieces.count; ++p) {
+      const auto [at, keys, offset, tile] = pieces.piece[p];
+      multiply<A::by_rows, false>(keys, queries, a.dim, k + at * k_width, k_width, t.query, queries, scores, queries);
+      if (tile) {
+        transpose_bits(tile, m.bq, m.bk, offset, keys, queries, kept);
+        mask_scores(kept, keys, queries, scores);
       }
-      keys += n;
+      scores += keys * queries;
+      kept += round_up(keys, 8) * bytes;
     }
-    const bool moved = soften(keys, queries, t);
-    if (moved && start > 0) scale_rows(t.keep, rows, width, t.sums);
-    keys = 0;
-    for (int64_t e = start; e < stop; ++e) {
-      const int64_t at = column_of(row, e) * m.bk, n = std_min(m.bk, a.k_len - at);
-      const Tile v = load_rows(a.v, b, at, kv_head, n, a.v_dim, kLanes, t.tile);
-      const bool partial = e < row.partial;
-      if (partial && together > 1) transpose_bits(m.tile(row.tiles[e]), m.bq, m.bk, queries, t.kept);
-      add_values(a, v, partial ? t.kept : nullptr, t.scores + keys * queries, queries, rows, t.sums);
-      keys += n;
+    if (soften(pieces.keys, queries, t)) scale_rows(t.keep, rows, width, t.sums);
+    scores = t.scores;
+    kept = t.kept;
+    for (int64_t p = 0; p < pieces.count; ++p) {
+      const auto [at, keys, offset, tile] = pieces.piece[p];
+      add_attended(tile ? kept : nullptr, scores, keys, queries, rows, v + at * width, width, t.sums);
+      scores += keys * queries;
+      kept += round_up(keys, 8) * bytes;
     }
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -1,4 +1,6 @@
 // Compiled once for each instruction set, with -DHHATTN_ISA=<name> and its flags; see ISAS in setup.py.
+#include "block_sparse_attention.h"
+#include "block_sparse_attention_backward.h"
 #include "norm_modulate.h"
 #include "qk_norm_rope.h"
 
@@ -8,6 +10,9 @@
 namespace hhattn::HHATTN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels{HHATTN_NAME(HHATTN_ISA), kLanes, &norm_modulate, &norm_rope};
+const Kernels kernels{HHATTN_NAME(HHATTN_ISA), kLanes, &norm_modulate, &norm_rope,
+                      &block_sparse_scratch, &block_sparse_pack, &block_sparse_forward,
+                      &block_sparse_backward_scratch, &block_sparse_delta, &block_sparse_backward,
+                      &block_sparse_store_dq};
 
 }  // namespace hhattn::HHATTN_ISA

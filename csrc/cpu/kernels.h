@@ -111,23 +111,32 @@ struct ColumnEntry {
   int32_t row, tile, rank;
 };
 
-// Gradients of BlockSparse. dq is float32 and padded, [B, H, nq·bq, D up to whole vectors], unless it can be written in place.
+// Gradients of BlockSparse; dq, dk and dv are contiguous. Several query blocks' sums are at work at once in dq itself, or in
+// dq_sum, float32 [pairs of batch entry and head, nq·bq, D up to whole vectors], where a pair's place is its turns' place.
 struct BlockSparseBackward {
-  BlockSparse forward;  // out is read
-  Heads dout, dlse;     // dlse [B, H, Sq]: token and head strides
-  Out dq, dk, dv;       // contiguous
-  float *delta = nullptr, *dq_sum = nullptr;
-  int32_t* turns = nullptr;  // [B, H, nq]: contributions that dq has got
+  BlockSparse forward;  // out and lse are read
+  Heads dout;
+  const float* delta = nullptr;  // [B, H, Sq], scale · (dout·out − dlse)
+  Out dq, dk, dv;
+  float* dq_sum = nullptr;
+  int32_t* turns = nullptr;  // [pairs, nq]: the contributions that dq has got
   const ColumnEntry* entries = nullptr;
   const int64_t* offsets = nullptr;  // [mask batches, mask heads, nk + 1] into entries
 };
 
-// The kernels as compiled for one instruction set. Each works on the rows [begin, end) of B·S.
+// The kernels as compiled for one instruction set. The norms work on the rows [begin, end) of B·S.
 struct Kernels {
   const char* isa;
   int lanes;
   void (*norm_modulate)(const NormModulate&, int64_t begin, int64_t end, float* scratch);
   void (*norm_rope)(const NormRope&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*block_sparse_scratch)(const BlockSparse&);
+  void (*block_sparse_pack)(const BlockSparse&, int64_t b, int64_t kv_head, int64_t begin, int64_t end, float* k, float* v);
+  void (*block_sparse_forward)(const BlockSparse&, int64_t b, int64_t h, int64_t i, const float* k, const float* v, float* scratch);
+  int64_t (*block_sparse_backward_scratch)(const BlockSparse&);
+  void (*block_sparse_delta)(const BlockSparse&, const Heads& dout, const Heads& dlse, int64_t begin, int64_t end, float* delta);
+  void (*block_sparse_backward)(const BlockSparseBackward&, int64_t b, int64_t kv_head, int64_t j, int64_t pair, float* scratch);
+  void (*block_sparse_store_dq)(const BlockSparseBackward&, int64_t b, int64_t h, int64_t i, int64_t pair);
 };
 
 }  // namespace hhattn

@@ -11,9 +11,20 @@ inline int64_t std_min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t std_max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-struct Tile {
-  const float* data;
-  int64_t stride, rows;
+// Hands out a thread's scratch, each part from a cache line's edge on. Without a base it only counts.
+class Layout {
+ public:
+  explicit Layout(float* base) : base_(base) {}
+  float* take(int64_t floats) {
+    float* taken = base_ ? base_ + taken_ : nullptr;
+    taken_ += round_up(floats, 16);
+    return taken;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  float* base_;
+  int64_t taken_ = 0;
 };
 
 // n elements from `at` times `factor`, as floats.
@@ -70,13 +81,19 @@ inline void scale_rows(const float* factors, int64_t rows, int64_t width, float*
   }
 }
 
-// Whether no element is an infinity or a NaN.
-inline bool all_finite(const Tile& x, int64_t width) {
+// Whether none of n floats, whole vectors, is an infinity or a NaN.
+inline bool all_finite(const float* x, int64_t n) {
   Vec<kLanes> zeros = {};
-  for (int64_t r = 0; r < x.rows; ++r) {
-    for (int64_t d = 0; d < width; d += kLanes) zeros += F32::load<kLanes>(x.data + r * x.stride + d) * 0.0f;
-  }
+  for (int64_t i = 0; i < n; i += kLanes) zeros += F32::load<kLanes>(x + i) * 0.0f;
   return sum<kLanes>(zeros) == 0;
+}
+
+// 0 for each of n floats, whole vectors, that is an infinity or a NaN.
+inline void make_finite(int64_t n, float* x) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec<kLanes> v = F32::load<kLanes>(x + i);
+    F32::store<kLanes>(x + i, bits<Vec<kLanes>>(bits<VecU<kLanes>>(v * 0.0f == 0.0f) & bits<VecU<kLanes>>(v)));
+  }
 }
 
 // The bits of `keys` keys of a tile [bq, bk] from `first` on (a multiple of 8), by key: kept [keys up to 8, queries up to 8], bit i

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hhattn import _dispatch
+from hhattn import _dispatch, _ext
 from hhattn.layout import Order, check_order
 from hhattn.masks.block_mask import BlockMask
 from hhattn.ops import _amp
@@ -48,7 +48,7 @@ def block_sparse_attention(
         order: the order q, k, v are in, "raster" or "tile"; out and lse come in the same. None is the mask's own.
             Another than the mask's needs a mask made from a :class:`hhattn.VideoLayout`, which converts on the way in
             and out.
-        impl: "reference", ...; None chooses.
+        impl: "reference", "cpp", ...; None chooses.
 
     Returns:
         out [B, Sq, H, Dv] in q's dtype; with ``return_lse`` (out, lse).
@@ -117,7 +117,7 @@ def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
         )
 
 
-# ---- the reference as a torch operator, with its gradient ----
+# ---- implementations as torch operators, with their gradients ----
 
 
 @torch.library.custom_op("hhattn::block_sparse_attention_reference", mutates_args=())
@@ -162,15 +162,13 @@ def _backward(
         return _reference.backward(dout, dlse, q, k, v, out, lse, lists, bk, scale)
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, q_len, heads, _dim = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(batch, q_len, heads, v.shape[3]), q.new_empty(batch, heads, q_len, dtype=dtype)
 
 
-@_backward.register_fake
-def _(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -179,28 +177,48 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, *lists, out, lse = ctx.saved_tensors
-    gradients = _backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale)
-    return (*gradients, *(None for _ in lists), None, None)
+def _complete(name: str) -> None:
+    """Fakes and gradient of the operator ``hhattn::name``, whose gradient is ``hhattn::name_backward``."""
+
+    def gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *lists, out, lse = ctx.saved_tensors
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
+        backward = getattr(torch.ops.hhattn, f"{name}_backward")
+        return (*backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale), *(None for _ in lists), None, None)
+
+    torch.library.register_fake(f"hhattn::{name}", _fake_forward)
+    torch.library.register_fake(f"hhattn::{name}_backward", _fake_backward)
+    torch.library.register_autograd(f"hhattn::{name}", gradients, setup_context=_save)
 
 
-torch.library.register_autograd(_forward, _gradients, setup_context=_save)
+_complete("block_sparse_attention_reference")
+if _ext.why_missing() is None:
+    _complete("block_sparse_attention")
+
+
+def _lists(mask: BlockMask) -> tuple[Tensor, ...]:
+    lists = (mask.kv_num_blocks, mask.kv_indices, mask.kv_tiles, mask.full_kv_num_blocks, mask.full_kv_indices)
+    return tuple(x.contiguous() for x in (*lists, mask.tiles))
 
 
 @_dispatch.register(OP, "reference")
 def _run_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _forward(
-        q,
-        k,
-        v,
-        mask.kv_num_blocks,
-        mask.kv_indices,
-        mask.kv_tiles,
-        mask.full_kv_num_blocks,
-        mask.full_kv_indices,
-        mask.tiles,
-        mask.block_size[1],
-        scale,
-    )
-    return out, lse
+    return _forward(q, k, v, *_lists(mask), mask.block_size[1], scale)
+
+
+def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    if (reason := _ext.why_missing()) or q is None:
+        return reason
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; cpp runs on the CPU"
+    if q.dtype == torch.float64:
+        return "q is float64; cpp takes float32, float16 and bfloat16"
+    for name, x in zip(("q", "k", "v"), (q, *rest), strict=False):
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            return f"the last dim of {name} is not contiguous (stride {x.stride(3)})"
+    return None
+
+
+@_dispatch.register(OP, "cpp", _cpp_can_run)
+def _run_cpp(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.hhattn.block_sparse_attention(q, k, v, *_lists(mask), mask.block_size[1], scale)
