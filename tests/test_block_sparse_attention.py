@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hhattn
-from hhattn import BlockMask, masks
+from hhattn import BlockMask, _ext, masks
 
+needs_native = pytest.mark.skipif(_ext.why_missing() is not None, reason=_ext.why_missing() or "")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -36,6 +37,28 @@ def random_keep(*shape: int, share: float = 0.3, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
+def compare_with_formula(keep: Tensor, block_size: tuple[int, int], inputs: list[Tensor], empty: bool = False) -> None:
+    """out, lse and the gradients of q, k and v, all of whose upstream gradients are there, against float64."""
+    mask = BlockMask.from_dense(keep, block_size=block_size)
+    q, v = inputs[0], inputs[2]
+    upstream = randn(*q.shape[:3], v.shape[3], seed=9), randn(q.shape[0], q.shape[2], q.shape[1], seed=10)
+    seen = keep.any(-1).expand(q.shape[0], q.shape[2], -1)
+    assert empty or seen.all()
+    results = {}
+    for name, cast in (("ours", q.dtype), ("expected", torch.float64), ("baseline", q.dtype)):
+        leaves = [x.detach().to(cast).requires_grad_() for x in inputs]
+        if name == "ours":
+            leaves = [x.detach().requires_grad_() for x in inputs]  # with their strides
+            out, lse = hhattn.block_sparse_attention(*leaves, mask, return_lse=True)
+        else:
+            out, lse = dense_formula(*leaves, keep)
+        loss = (out * upstream[0].to(cast)).sum() + (lse * upstream[1].to(lse.dtype))[seen].sum()
+        results[name] = [out, lse, *(g.nan_to_num() for g in torch.autograd.grad(loss, leaves))]
+    for i, part in enumerate(("out", "lse", "dq", "dk", "dv")):
+        ours, expected, baseline = (results[n][i] for n in ("ours", "expected", "baseline"))
+        assert_close_to_fp64(ours, expected, baseline, factor=2 if i < 2 else 3, ulps=8, name=part)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("b", "sq", "sk", "h", "h_kv", "d", "dv"),
@@ -46,23 +69,25 @@ def test_forward_and_gradients(
 ) -> None:
     keep = random_keep(1, 1, sq, sk)
     keep[..., 0] = True
-    mask = BlockMask.from_dense(keep, block_size=(32, 16))
-    inputs = [
-        randn(*shape, dtype=dtype, seed=i)
-        for i, shape in enumerate([(b, sq, h, d), (b, sk, h_kv, d), (b, sk, h_kv, dv)])
-    ]
-    grad = randn(b, sq, h, dv, dtype=dtype, seed=9)
-    results = {}
-    for name, cast in (("ours", dtype), ("expected", torch.float64), ("baseline", dtype)):
-        leaves = [x.to(cast).requires_grad_() for x in inputs]
-        if name == "ours":
-            out = hhattn.block_sparse_attention(*leaves, mask)
-        else:
-            out, _ = dense_formula(*leaves, keep)
-        results[name] = [out, *torch.autograd.grad(out, leaves, grad.to(cast))]
-    for i, part in enumerate(("out", "dq", "dk", "dv")):
-        ours, expected, baseline = (results[n][i] for n in ("ours", "expected", "baseline"))
-        assert_close_to_fp64(ours, expected, baseline, factor=2 if i == 0 else 3, ulps=8, name=part)
+    shapes = [(b, sq, h, d), (b, sk, h_kv, d), (b, sk, h_kv, dv)]
+    compare_with_formula(keep, (32, 16), [randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)])
+
+
+@pytest.mark.usefixtures("isa", "poisoned_empty")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("block_size", "d", "dv"), [((64, 128), 64, 64), ((24, 200), 33, 7), ((7, 5), 16, 48), ((128, 16), 3, 80)], ids=str
+)
+def test_every_instruction_set(dtype: torch.dtype, block_size: tuple[int, int], d: int, dv: int) -> None:
+    """Blocks full, partial, smaller than a vector and larger than what is taken at once; a mask for each batch entry and
+    head, heads that share keys, rows that attend nothing, strided inputs."""
+    keep = random_keep(2, 4, 150, 230, share=0.2)
+    keep[:, :, :128, :200] = keep[0, 0, :128, :1]  # rows all kept or all masked, so that blocks can be full
+    keep[1, :, :64, :128] = True
+    keep[:, 1, 140:] = False
+    shapes = [(2, 150, 4, d), (2, 230, 2, d), (2, 230, 2, dv)]
+    inputs = [strided(randn(*shape, dtype=dtype, seed=i)) for i, shape in enumerate(shapes)]
+    compare_with_formula(keep, block_size, inputs, empty=True)
 
 
 def test_equals_sdpa_with_a_dense_mask() -> None:
@@ -146,20 +171,8 @@ def test_what_one_query_must_not_see_another_may(poison: float) -> None:
 def test_masks_by_batch_and_head_with_grouped_keys() -> None:
     keep = random_keep(2, 6, 50, 30)
     keep[1, 2, 16:32] = False
-    mask = BlockMask.from_dense(keep, block_size=(16, 8))
-    leaves = [randn(2, n, h, 12, seed=i).requires_grad_() for i, (n, h) in enumerate(((50, 6), (30, 2), (30, 2)))]
-    weights = randn(2, 50, 6, 12, seed=5), randn(2, 6, 50, seed=6)
-    results = {}
-    for name, dtype in (("ours", torch.float32), ("expected", torch.float64), ("baseline", torch.float32)):
-        x = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-        ours = name == "ours"
-        out, lse = hhattn.block_sparse_attention(*x, mask, return_lse=True) if ours else dense_formula(*x, keep)
-        seen = keep.any(-1)
-        loss = (out * weights[0]).sum() + (lse * weights[1])[seen].sum()
-        results[name] = [out, lse, *(g.nan_to_num() for g in torch.autograd.grad(loss, x))]
-    for i, part in enumerate(("out", "lse", "dq", "dk", "dv")):
-        ours, expected, baseline = (results[n][i] for n in ("ours", "expected", "baseline"))
-        assert_close_to_fp64(ours, expected, baseline, factor=2 if i < 2 else 3, ulps=8, name=part)
+    inputs = [randn(2, n, h, 12, seed=i) for i, (n, h) in enumerate(((50, 6), (30, 2), (30, 2)))]
+    compare_with_formula(keep, (16, 8), inputs, empty=True)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -198,13 +211,19 @@ def test_order_is_converted() -> None:
     torch.testing.assert_close(layout.from_tiles(moved), expected)
 
 
-def test_gradients_are_the_same_bits_every_time() -> None:
-    mask = BlockMask.from_dense(random_keep(1, 1, 100, 100), block_size=(16, 16))
-    leaves = [randn(1, 100, 2, 16, seed=i).requires_grad_() for i in range(3)]
-    first, second = (
-        torch.autograd.grad(hhattn.block_sparse_attention(*leaves, mask).square().sum(), leaves) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("d", [16, 12])
+def test_the_same_bits_on_any_number_of_threads(d: int) -> None:
+    mask = BlockMask.from_dense(random_keep(1, 1, 400, 400), block_size=(16, 16))
+    leaves = [randn(2, 400, 2, d, seed=i).requires_grad_() for i in range(3)]
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3, 3):
+        torch.set_num_threads(threads)
+        out, lse = hhattn.block_sparse_attention(*leaves, mask, return_lse=True)
+        results.append((out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def test_compiles_as_one_graph_and_under_autocast() -> None:
@@ -236,13 +255,19 @@ def test_derivatives_without_a_rule_are_refused() -> None:
     assert torch.func.vmap(run)(torch.stack((q, 2 * q))).shape == (2,)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_native)])
+def test_opcheck(impl: str) -> None:
     mask = BlockMask.from_dense(random_keep(1, 1, 20, 24), block_size=(8, 8))
     q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((20, 24, 24)))
     names = ("kv_num_blocks", "kv_indices", "kv_tiles", "full_kv_num_blocks", "full_kv_indices", "tiles")
     lists = [getattr(mask, name) for name in names]
-    hhattn.block_sparse_attention(q, k, v, mask)  # registers the operator
-    torch.library.opcheck(torch.ops.hhattn.block_sparse_attention_reference.default, (q, k, v, *lists, 8, 0.3))
+    hhattn.block_sparse_attention(q, k, v, mask)  # registers the operators
+    name = "block_sparse_attention" + ("_reference" if impl == "reference" else "")
+    forward, backward = (getattr(torch.ops.hhattn, name + end).default for end in ("", "_backward"))
+    torch.library.opcheck(forward, (q, k, v, *lists, 8, 0.3))
+    out, lse = forward(q, k, v, *lists, 8, 0.3)
+    tensors = [x.detach() for x in (randn(1, 20, 2, 8), randn(1, 2, 20), q, k, v, out, lse)]
+    torch.library.opcheck(backward, (*tensors, *lists, 8, 0.3))
 
 
 @settings(max_examples=40, deadline=None)
