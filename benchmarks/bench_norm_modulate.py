@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import Case, options, report
+from harness import Case, name_of, options, report
 
 import hhattn
 
@@ -19,10 +19,10 @@ SHAPES = [(1, 8192, 1536, 1), (1, 9680, 2240, 11), (1, 9680, 2240, 9680)]  # bat
 QUICK = [(1, 64, 96, 4)]
 
 
-def case(shape: tuple[int, int, int, int], norm: str, args: argparse.Namespace) -> Case:
+def case(shape: tuple[int, int, int, int], norm: str, dtype: torch.dtype, args: argparse.Namespace) -> Case:
     batch, tokens, channels, rows = shape
-    x, residual = (randn(batch, tokens, channels, dtype=args.dtype, seed=i, device=args.device) for i in (0, 1))
-    scale, shift, gate = (randn(batch, rows, channels, dtype=args.dtype, seed=i, device=args.device) for i in (2, 3, 4))
+    x, residual = (randn(batch, tokens, channels, dtype=dtype, seed=i, device=args.device) for i in (0, 1))
+    scale, shift, gate = (randn(batch, rows, channels, dtype=dtype, seed=i, device=args.device) for i in (2, 3, 4))
     how = {"norm": norm, "residual": residual, "gate": gate}
     compiled = torch.compile(eager)
 
@@ -37,20 +37,21 @@ def case(shape: tuple[int, int, int, int], norm: str, args: argparse.Namespace) 
             assert_close_to_fp64(actual, expected, baseline)
 
     return Case(
-        f"{norm} {list(shape[:3])}, {rows} rows",
+        f"{name_of(dtype)} {norm} {list(shape[:3])}, {rows} rows",
         {
             "hhattn": lambda: hhattn.norm_modulate(x, scale, shift, **how),
             "eager": lambda: eager(x, scale, shift, **how),
             "compile": lambda: compiled(x, scale, shift, **how),
         },
-        (4 * x.numel() + 3 * scale.numel()) * x.element_size(),
         check,
+        moved_bytes=(4 * x.numel() + 3 * scale.numel()) * x.element_size(),
     )
 
 
 def main() -> None:
     args = options(__doc__ or "")
-    cases = [case(shape, norm, args) for shape in (QUICK if args.quick else SHAPES) for norm in ("rms", "layer")]
+    shapes = QUICK if args.quick else SHAPES
+    cases = [case(shape, norm, dtype, args) for dtype in args.dtypes for shape in shapes for norm in ("rms", "layer")]
     with torch.no_grad():
         report("norm_modulate with a gated residual", cases, args)
 

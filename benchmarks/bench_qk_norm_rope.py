@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import Case, options, report
+from harness import Case, name_of, options, report
 
 import hhattn
 
@@ -25,12 +25,14 @@ SHAPES = [
 QUICK = [("small", (2, 3, 4), 2, 16, True, True)]
 
 
-def case(shape: tuple[str, tuple[int, int, int], int, int, bool, bool], args: argparse.Namespace) -> Case:
+def case(
+    shape: tuple[str, tuple[int, int, int], int, int, bool, bool], dtype: torch.dtype, args: argparse.Namespace
+) -> Case:
     label, grid, heads, dim, across, tiles = shape
     layout = hhattn.VideoLayout(*grid) if tiles else None
     tokens = grid[0] * grid[1] * grid[2]
-    q, k = (randn(1, tokens, heads, dim, dtype=args.dtype, seed=i, device=args.device) for i in (0, 1))
-    weight = randn(heads * dim if across else dim, dtype=args.dtype, seed=2, device=args.device)
+    q, k = (randn(1, tokens, heads, dim, dtype=dtype, seed=i, device=args.device) for i in (0, 1))
+    weight = randn(heads * dim if across else dim, dtype=dtype, seed=2, device=args.device)
     cos, sin = hhattn.rope_3d(grid, dim, device=args.device)
     how = {"q_weight": weight, "k_weight": weight, "across_heads": across, "layout": layout}
     compiled = torch.compile(eager)
@@ -43,21 +45,22 @@ def case(shape: tuple[str, tuple[int, int, int], int, int, bool, bool], args: ar
             assert_close_to_fp64(actual, exact, baseline)
 
     return Case(
-        f"{label} [1, {tokens}, {heads}, {dim}]",
+        f"{name_of(dtype)} {label} [1, {tokens}, {heads}, {dim}]",
         {
             "hhattn": lambda: hhattn.qk_norm_rope(q, k, cos, sin, **how),
             "eager": lambda: eager(q, k, cos, sin, **how),
             "compile": lambda: compiled(q, k, cos, sin, **how),
         },
-        4 * q.numel() * q.element_size() + 2 * cos.numel() * cos.element_size(),
         check,
+        moved_bytes=4 * q.numel() * q.element_size() + 2 * cos.numel() * cos.element_size(),
     )
 
 
 def main() -> None:
     args = options(__doc__ or "")
     with torch.no_grad():
-        report("qk_norm_rope", [case(shape, args) for shape in (QUICK if args.quick else SHAPES)], args)
+        shapes = QUICK if args.quick else SHAPES
+        report("qk_norm_rope", [case(shape, dtype, args) for dtype in args.dtypes for shape in shapes], args)
 
 
 if __name__ == "__main__":

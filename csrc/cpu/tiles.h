@@ -27,15 +27,6 @@ class Layout {
   int64_t taken_ = 0;
 };
 
-// n elements from `at` times `factor`, as floats.
-inline void load_scaled(const In& in, int64_t at, int64_t n, float factor, float* to) {
-  load_row(in, at, n, 0, to);
-  sweep(n, [&](int64_t i, auto w) {
-    constexpr int N = decltype(w)::value;
-    F32::store<N>(to + i, F32::load<N>(to + i) * factor);
-  });
-}
-
 // `rows` tokens of one head as floats, rows of D filled with zeros up to whole vectors.
 inline void copy_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float* to) {
   const int64_t at = b * x.batch + token * x.token + h * x.head, width = round_up(dim, kLanes);
@@ -45,14 +36,41 @@ inline void copy_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64
   }
 }
 
-// `rows` tokens of one head, times `factor`, as columns: to [dim, columns], zeros beyond the rows.
+// Lanes whose number has the bit `half` come from b, `half` lower; the others from a. With `high`, `half` higher.
+template <int half, bool high, int... I>
+inline Vec<kLanes> exchange(Vec<kLanes> a, Vec<kLanes> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & half) ? kLanes + I - (high ? 0 : half) : I + (high ? half : 0))...);
+}
+
+// Lane j of x[i] and lane i of x[j] change places: squares of half the size, then of a quarter, down to single lanes.
+template <int half = kLanes / 2>
+inline void transpose(Vec<kLanes> (&x)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & half) continue;
+    const Vec<kLanes> a = x[i], b = x[i + half];
+    x[i] = exchange<half, false>(a, b, lanes);
+    x[i + half] = exchange<half, true>(a, b, lanes);
+  }
+  if constexpr (half > 1) transpose<half / 2>(x);
+}
+
+// `rows` tokens of one head, times `factor`, as columns: to [dim, columns], zeros beyond the rows; `columns` are whole vectors.
 inline void load_columns(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float factor,
                          int64_t columns, float* to) {
-  float row[256];
-  memset(to, 0, dim * columns * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) {
-    load_scaled(x.in, b * x.batch + (token + r) * x.token + h * x.head, dim, factor, row);
-    for (int64_t d = 0; d < dim; ++d) to[d * columns + r] = row[d];
+  float some[kLanes * 256];
+  const int64_t width = round_up(dim, kLanes);
+  for (int64_t r = 0; r < columns; r += kLanes) {
+    const int64_t n = std_max(0, std_min(kLanes, rows - r));
+    copy_rows(x, b, token + r, h, n, dim, some);
+    memset(some + n * width, 0, (kLanes - n) * width * sizeof(float));
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec<kLanes> square[kLanes];
+      for (int i = 0; i < kLanes; ++i) square[i] = F32::load<kLanes>(some + i * width + d) * factor;
+      transpose(square);
+      for (int i = 0; i < kLanes && d + i < dim; ++i) F32::store<kLanes>(to + (d + i) * columns + r, square[i]);
+    }
   }
 }
 
