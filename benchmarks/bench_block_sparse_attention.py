@@ -54,7 +54,7 @@ def neighborhood(layout: hhattn.VideoLayout, window: tuple[int, int, int]) -> Te
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    """What people write without a kernel: SDPA of each query block with the keys of its blocks, gathered. [B, H, S, D]."""
+    """What people write without a kernel: SDPA of each query block with its blocks of keys, gathered. [B, H, S, D]."""
     bq, bk = mask.block_size
     out = torch.empty_like(q)
     keys, values = (x.unflatten(2, (-1, bk)) for x in (k, v))

@@ -80,7 +80,7 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 def limit(case: Case, device: str) -> tuple[str, Callable[[], Tensor], int]:
-    """Name, function and work of what bounds the op: ``copy_`` of as many bytes as must move, half of them read and half
+    """Name, function and work of what bounds the op: ``copy_`` of the bytes that must move, half of them read and half
     written, or ``torch.mm``."""
     if case.flops:
         a, b = (torch.randn(MM, MM, device=device) for _ in range(2))
@@ -118,8 +118,8 @@ def measure(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def report(title: str, cases: list[Case], args: argparse.Namespace) -> None:
-    """Print a table: milliseconds (median), speed, and how often hhattn's speed is the other's (median, quartiles), with
-    the goal where there is one."""
+    """Print a table: milliseconds (median), speed, hhattn's speed over the other's (median, quartiles), and the goal
+    where there is one."""
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(title=f"{title}: {where}, {args.rounds} interleaved rounds")
     for column in ("shape", "", "ms", "speed", "hhattn's speed / its", "quartiles", "goal"):

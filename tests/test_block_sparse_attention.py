@@ -79,8 +79,8 @@ def test_forward_and_gradients(
     ("block_size", "d", "dv"), [((64, 128), 64, 64), ((24, 200), 33, 7), ((7, 5), 16, 48), ((128, 16), 3, 80)], ids=str
 )
 def test_every_instruction_set(dtype: torch.dtype, block_size: tuple[int, int], d: int, dv: int) -> None:
-    """Blocks full, partial, smaller than a vector and larger than what is taken at once; a mask for each batch entry and
-    head, heads that share keys, rows that attend nothing, strided inputs."""
+    """Blocks full, partial, smaller than a vector and larger than what is taken at once; a mask for each batch entry
+    and head, heads that share keys, rows that attend nothing, strided inputs."""
     keep = random_keep(2, 4, 150, 230, share=0.2)
     keep[:, :, :128, :200] = keep[0, 0, :128, :1]  # rows all kept or all masked, so that blocks can be full
     keep[1, :, :64, :128] = True

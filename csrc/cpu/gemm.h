@@ -37,7 +37,7 @@ inline void multiply_block(int64_t depth, const float* a, int64_t lda, const flo
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) sums[i][j] = add ? read<V>(c + i * ldc + j * kLanes) : V{};
+    for (int j = 0; j < NV; ++j) sums[i][j] = V{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     V row[NV];
@@ -53,7 +53,11 @@ inline void multiply_block(int64_t depth, const float* a, int64_t lda, const flo
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) memcpy(c + i * ldc + j * kLanes, &sums[i][j], sizeof(V));
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + i * ldc + j * kLanes;
+      if (add) sums[i][j] += read<V>(to);  // not at the start: rounding grows with a sum, and C may be large by now
+      memcpy(to, &sums[i][j], sizeof(V));
+    }
   }
 }
 
