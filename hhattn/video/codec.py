@@ -175,7 +175,8 @@ class Codec(nn.Module):
         """All of the decoder: ``[B, T, C, h, w]`` -> ``[B, 4T, 3, 32h, 32w]``, and the temporal mixing's new past."""
         coarse = self.decode_linear(z)
         fine, past = self.decoder(z, coarse, past)
-        return F.interpolate(coarse.flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine) + fine, past
+        smooth = F.interpolate(coarse.flatten(0, 1), scale_factor=4.0, mode="bilinear").view_as(fine)
+        return smooth.add_(fine), past
 
     def skip(self, z: Tensor) -> DecoderState:
         """The state after decoding ``z`` (two latent frames or more), without making its pictures."""
