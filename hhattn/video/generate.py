@@ -234,7 +234,7 @@ class Pipeline:
 def to_bytes(frames: Tensor) -> Tensor:
     """``[T, 3, H, W]`` in [0, 1] (what is beyond is cut off) -> ``[T, H, W, 3]`` uint8 on the CPU."""
     t, channels, height, width = frames.shape
-    out = torch.empty(t, height, width, channels, dtype=torch.uint8)
+    out = torch.empty(t, height, width, channels, dtype=torch.uint8, device="cpu")
     for frame in range(t):
         for channel in range(channels):  # plane by plane, since these stay in the cache: seven times as fast
             out[frame, :, :, channel] = (frames[frame, channel] * 255).round_().clamp_(0, 255)
