@@ -98,14 +98,6 @@ inline void add_to_dv(const BlockMask& m, const uint8_t* tile, const float* p, i
   }
 }
 
-inline void wait_for_turn(const int32_t* turn, int32_t rank) {
-  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != rank) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-}
-
 // What query block `e.row` of head h adds: to dk and dv in t, and to dq.
 inline void add_query_block(const BlockSparseBackward& g, const ColumnEntry& e, int64_t b, int64_t h, int64_t pair, int64_t n,
                             const SparseBackwardScratch& t) {
@@ -128,7 +120,7 @@ inline void add_query_block(const BlockSparseBackward& g, const ColumnEntry& e, 
                        : static_cast<float*>(g.dq.data) + ((b * a.q_len + first) * a.heads + h) * a.dim;
   wait_for_turn(turn, e.rank);
   multiply<A::by_rows, true>(rows, k_width, n, t.ds, keys, t.k, k_width, dq, g.dq_sum ? k_width : a.heads * a.dim);
-  __atomic_store_n(turn, e.rank + 1, __ATOMIC_RELEASE);
+  end_turn(turn, e.rank);
 }
 
 // Key block j of batch entry b and a key head; `pair` is the place of its first query head among the pairs at work.

@@ -1,4 +1,5 @@
 // Compiled once for each instruction set, with -DHHATTN_ISA=<name> and its flags; see ISAS in setup.py.
+#include "block_linear_attention.h"
 #include "block_sparse_attention.h"
 #include "block_sparse_attention_backward.h"
 #include "norm_modulate.h"
@@ -13,6 +14,7 @@ extern const Kernels kernels;
 const Kernels kernels{HHATTN_NAME(HHATTN_ISA), kLanes, &norm_modulate, &norm_rope,
                       &block_sparse_scratch, &block_sparse_pack, &block_sparse_forward,
                       &block_sparse_backward_scratch, &block_sparse_delta, &block_sparse_backward,
-                      &block_sparse_store_dq};
+                      &block_sparse_store_dq, &block_linear_scratch, &block_linear_sums,
+                      &block_linear_sums_backward, &block_linear_outputs, &block_linear_outputs_backward};
 
 }  // namespace hhattn::HHATTN_ISA

@@ -124,6 +124,53 @@ struct BlockSparseBackward {
   const int64_t* offsets = nullptr;  // [mask batches, mask heads, nk + 1] into entries
 };
 
+enum class FeatureMap : int { relu, identity, elu1, relu2, softmax };
+
+// What keys and queries of linear attention go through: φ for the weights, ψ and the rotation for the sums. cos and sin [S, D],
+// or none.
+struct LinearMaps {
+  FeatureMap phi = FeatureMap::relu, psi = FeatureMap::relu;
+  Heads cos, sin;
+  int64_t dim = 0, v_dim = 0;
+};
+
+// Tokens [begin, end) of batch entry b and head h, within one chunk; the rank-th piece of its chunk, whose sums take turns.
+struct LinearPiece {
+  int64_t b = 0, h = 0, begin = 0, end = 0;
+  int32_t rank = 0;
+  int32_t* turn = nullptr;
+};
+
+// Σ g·Rψ(k)vᵀ and Σ φ(k); gate [B, S, H] or null.
+struct LinearSums {
+  LinearMaps maps;
+  Heads k, v;
+  const float* gate = nullptr;
+  int64_t tokens = 0, heads = 0;
+};
+
+struct LinearSumsBackward {
+  LinearSums forward;
+  Out dk, dv;
+  float* dgate = nullptr;
+};
+
+// Rψ(q)ᵀ KV, divided by φ(q)ᵀK + eps where `normalize`; out is contiguous.
+struct LinearOutputs {
+  LinearMaps maps;
+  Heads q;
+  Out out;
+  int64_t tokens = 0, heads = 0;
+  bool normalize = true;
+  float eps = 0;
+};
+
+struct LinearOutputsBackward {
+  LinearOutputs forward;  // out is read
+  Heads dout;
+  Out dq;
+};
+
 // The kernels as compiled for one instruction set. The norms work on the rows [begin, end) of B·S.
 struct Kernels {
   const char* isa;
@@ -137,6 +184,13 @@ struct Kernels {
   void (*block_sparse_delta)(const BlockSparse&, const Heads& dout, const Heads& dlse, int64_t begin, int64_t end, float* delta);
   void (*block_sparse_backward)(const BlockSparseBackward&, int64_t b, int64_t kv_head, int64_t j, int64_t pair, float* scratch);
   void (*block_sparse_store_dq)(const BlockSparseBackward&, int64_t b, int64_t h, int64_t i, int64_t pair);
+  int64_t (*block_linear_scratch)(const LinearMaps&);
+  void (*block_linear_sums)(const LinearSums&, const LinearPiece&, float* kv, float* k_sum, float* scratch);
+  void (*block_linear_sums_backward)(const LinearSumsBackward&, const LinearPiece&, const float* dkv, const float* dk_sum,
+                                     float* scratch);
+  void (*block_linear_outputs)(const LinearOutputs&, const LinearPiece&, const float* kv, const float* k_sum, float* scratch);
+  void (*block_linear_outputs_backward)(const LinearOutputsBackward&, const LinearPiece&, const float* kv, const float* k_sum,
+                                        float* dkv, float* dk_sum, float* scratch);
 };
 
 }  // namespace hhattn

@@ -27,6 +27,17 @@ class Layout {
   int64_t taken_ = 0;
 };
 
+// What several threads add to one sum is added in the order of their ranks, so that it is the same bits every time. Nobody waits
+// forever if work begins in that order too.
+inline void wait_for_turn(const int32_t* turn, int32_t rank) {
+  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != rank) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+inline void end_turn(int32_t* turn, int32_t rank) { __atomic_store_n(turn, rank + 1, __ATOMIC_RELEASE); }
+
 // `rows` tokens of one head as floats, rows of D filled with zeros up to whole vectors.
 inline void copy_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float* to) {
   const int64_t at = b * x.batch + token * x.token + h * x.head, width = round_up(dim, kLanes);
