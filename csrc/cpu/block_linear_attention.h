@@ -45,6 +45,15 @@ inline int64_t block_linear_scratch(const LinearMaps& m) {
   return lay_out(m, nullptr, t);
 }
 
+// Asks for rows that are copied soon: one head's lie far apart, where the hardware doesn't look ahead.
+inline void prefetch_rows(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim) {
+  const int64_t size = x.in.dtype == DType::f32 ? 4 : 2;
+  for (int64_t s = begin; s < end; ++s) {
+    const char* row = static_cast<const char*>(x.in.data) + (b * x.batch + s * x.token + h * x.head) * size;
+    for (int64_t at = 0; at < dim * size; at += 64) __builtin_prefetch(row + at);
+  }
+}
+
 // The rotary tables' rows of `rows` tokens.
 struct Angles {
   const float *cos, *sin;
@@ -140,6 +149,8 @@ inline void block_linear_sums(const LinearSums& a, const LinearPiece& p, float* 
       if (a.gate) scale(t.psi + r * width, a.gate[(b * a.tokens + at + r) * a.heads + h], width);
     }
     add_scaled(t.spare, 1, width, t.sum);
+    prefetch_rows(a.k, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
+    prefetch_rows(a.v, b, h, at + rows, std_min(at + rows + kTokens, end), m.v_dim);
     multiply<A::by_columns, true>(m.dim, v_width, rows, t.psi, width, t.valued, v_width, t.matrix, v_width);
   }
   add_to_sums(m, p, t, kv, k_sum);
@@ -162,6 +173,8 @@ inline void block_linear_sums_backward(const LinearSumsBackward& g, const Linear
     const Angles angles = load_angles(m, at, rows, t);
     copy_rows(a.k, b, at, h, rows, m.dim, t.raw);
     copy_rows(a.v, b, at, h, rows, m.v_dim, t.valued);
+    prefetch_rows(a.k, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
+    prefetch_rows(a.v, b, h, at + rows, std_min(at + rows + kTokens, end), m.v_dim);
     multiply<A::by_rows, false>(rows, width, m.v_dim, t.valued, v_width, t.transposed, width, t.keyed, width);
     for (int64_t r = 0; r < rows; ++r) {
       float *psi = t.psi + r * width, *dpsi = t.keyed + r * width;
@@ -204,6 +217,7 @@ inline void block_linear_outputs(const LinearOutputs& a, const LinearPiece& p, c
       }
       map_and_rotate(m, t.raw + r * width, angles, r, t.psi + r * width);
     }
+    prefetch_rows(a.q, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
     multiply<A::by_rows, false>(rows, v_width, m.dim, t.psi, width, t.matrix, v_width, t.gradient, v_width);
     for (int64_t r = 0; a.normalize && r < rows; ++r) divide(t.gradient + r * v_width, t.factors[r], v_width);
     const int64_t place = (b * a.tokens + at) * a.heads + h;
@@ -246,6 +260,8 @@ inline void block_linear_outputs_backward(const LinearOutputsBackward& g, const 
       map_and_rotate(m, t.raw + r * width, angles, r, t.psi + r * width);
     }
     add_scaled(t.spare, 1, width, t.sum);
+    prefetch_rows(a.q, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
+    prefetch_rows(g.dout, b, h, at + rows, std_min(at + rows + kTokens, end), m.v_dim);
     multiply<A::by_rows, false>(rows, width, m.v_dim, t.gradient, v_width, t.transposed, width, t.keyed, width);
     multiply<A::by_columns, true>(m.dim, v_width, rows, t.psi, width, t.gradient, v_width, t.matrix, v_width);
     for (int64_t r = 0; r < rows; ++r) {

@@ -93,7 +93,7 @@ float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 Tensor new_floats(const Tensor& like, const std::vector<int64_t>& sizes, bool zeros = false) {
   using torch::headeronly::ScalarType;
   return zeros ? torch::stable::new_zeros(like, sizes, ScalarType::Float)
-               : torch::stable::new_empty(like, sizes, ScalarType::Float);
+               : new_tensor(like, sizes, ScalarType::Float);
 }
 
 LinearSums sums_of(const Tensor& k, const Tensor& v, const OptTensor& gate, const OptTensor& cos, const OptTensor& sin,
@@ -165,7 +165,7 @@ Tensor outputs(const Tensor& q, const Tensor& kv, const Tensor& k_sum, const Opt
   const int64_t size = a.maps.dim * a.maps.v_dim;
   const float* kv_data = floats(kv, {q.size(0), a.heads, chunks.count(), a.maps.dim, a.maps.v_dim}, "kv");
   const float* k_sum_data = floats(k_sum, {q.size(0), a.heads, chunks.count(), a.maps.dim}, "k_sum");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), a.tokens, a.heads, a.maps.v_dim});
+  Tensor out = new_tensor(q, {q.size(0), a.tokens, a.heads, a.maps.v_dim});
   a.out = output(out);
   for_pieces(q.size(0), a.heads, chunks, a.maps, [&](const LinearPiece& p, int64_t place, float* scratch) {
     kernels().block_linear_outputs(a, p, kv_data + place * size, k_sum_data + place * a.maps.dim, scratch);

@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   BlockSparse a = arguments(
       q, k, v, block_mask({kv_num_blocks, kv_indices, kv_tiles, full_kv_num_blocks, full_kv_indices, tiles}, bk, k.size(1)),
       scale);
-  Tensor out = torch::stable::new_empty(q, {q.size(0), a.q_len, a.heads, a.v_dim});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.heads, a.q_len}, torch::headeronly::ScalarType::Float);
+  Tensor out = new_tensor(q, {q.size(0), a.q_len, a.heads, a.v_dim});
+  Tensor lse = new_tensor(q, {q.size(0), a.heads, a.q_len}, torch::headeronly::ScalarType::Float);
   a.out = output(out);
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
   const Kernels& use = kernels();

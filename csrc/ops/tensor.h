@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <initializer_list>
@@ -55,7 +59,26 @@ inline Heads heads(const Tensor& t, const char* name) {
   return {input(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-inline Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+// Large memory is asked for anew each time, and its pages are made when first written: 4 KB at a time that takes longer than
+// the work of a kernel that memory bounds (15 of 19 ms for a copy of 38 MB, measured), 2 MB at a time a fraction of it.
+inline void use_large_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLarge - 1) & ~(kLarge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kLarge - 1);
+  if (end > begin + kLarge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#endif
+}
+
+// A tensor that the op writes.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+  use_large_pages(t.mutable_data_ptr(), t.numel() * t.element_size());
+  return t;
+}
+
+inline Tensor empty(const Tensor& like) { return new_tensor(like, like.sizes()); }
 
 // An affine parameter of n channels.
 inline In channels(const OptTensor& t, int64_t n, const char* name) {
@@ -73,7 +96,9 @@ struct FreeScratch {
 };
 using Scratch = std::unique_ptr<float[], FreeScratch>;
 inline Scratch make_scratch(int64_t floats) {
-  return Scratch(static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t(64))));
+  void* data = ::operator new[](floats * sizeof(float), std::align_val_t(64));
+  use_large_pages(data, floats * sizeof(float));
+  return Scratch(static_cast<float*>(data));
 }
 
 // f(item, scratch) for every item of [0, count), each thread taking the next one that is left: pieces of uneven cost balance.

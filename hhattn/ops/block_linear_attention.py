@@ -19,6 +19,7 @@ FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
 _DTYPES = (*_check.DTYPES, torch.float64)
 MAX_HEAD_DIM = 256
 
+
 class LinearAttentionState(NamedTuple):
     """What a linear attention layer remembers of every token so far; its size does not depend on how many there were.
 
