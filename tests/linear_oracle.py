@@ -64,6 +64,31 @@ def oracle(
     return torch.stack(out, 1), kv, k_sum
 
 
+def formula(q: Tensor, k: Tensor, v: Tensor, chunk: int, rope: tuple[Tensor, Tensor], eps: float = 1e-15) -> Tensor:
+    """What a model without a kernel runs: the core of diffusers' SANA-Video processor, chunk after chunk, in the dtype
+    of its inputs but for the sums, which are float32 or wider."""
+    kv: Tensor | float = 0.0
+    k_sum: Tensor | float = 0.0
+    out = []
+    for at in range(0, q.shape[1], chunk):
+        here = slice(at, at + chunk)
+        phi_q, phi_k = q[:, here].relu(), k[:, here].relu()
+        cos, sin = (x[here, None, 0::2] for x in rope)
+        turned_q, turned_k = (rotated(x, cos, sin).transpose(1, 2) for x in (phi_q, phi_k))
+        wide = torch.promote_types(v.dtype, torch.float32)
+        kv = kv + turned_k.transpose(2, 3).to(wide) @ v[:, here].transpose(1, 2).to(wide)
+        k_sum = k_sum + phi_k.to(wide).sum(1)
+        weight = torch.einsum("bshd,bhd->bsh", phi_q.to(wide), k_sum)[..., None] + eps
+        out.append(((turned_q.to(wide) @ kv).transpose(1, 2) / weight).to(q.dtype))
+    return torch.cat(out, 1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`turn` on whole tensors."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+
+
 def inputs(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dim_v: int, seed: int = 0) -> list[Tensor]:
     """q, k, v in float64."""
     return [
