@@ -39,9 +39,10 @@ struct NormModulate {
   Out y, r;
   int64_t tokens = 0, channels = 0;
   bool layer = false;
+  bool stream = false;  // outputs go past the cache
   float eps = 0;
   // Floats of scratch that a thread needs.
-  int64_t scratch() const { return 4 * channels; }
+  int64_t scratch() const { return 6 * channels; }
 };
 
 enum class Norm : int { none, rms, layer };
@@ -63,7 +64,7 @@ struct NormRope {
   const int64_t* order = nullptr;
   int64_t tokens = 0, heads = 0, dim = 0, start = 0, video = 0;
   Norm norm = Norm::none;
-  bool across_heads = false, interleaved = true;
+  bool across_heads = false, interleaved = true, stream = false;
   float eps = 0;
   int64_t scratch() const { return 3 * heads * dim + 2 * dim; }
 };

@@ -8,12 +8,13 @@ namespace hhattn::HHATTN_ISA {
 // norm(row) = (row − mean)·rstd; mean is 0 for an rms norm. Squares are summed after centring, not E[x²] − E[x]²: a row far
 // from zero loses nothing.
 struct Stats {
-  float mean, rstd;
+  float mean = 0, rstd = 1;
 };
 
-inline Stats statistics(const float* row, int64_t n, bool layer, float eps) {
-  float mean = 0;
-  if (layer) mean = reduce(n, [&](int64_t i, auto w) { return F32::load<decltype(w)::value>(row + i); }) / n;
+inline Stats rms(float squares, int64_t n, float eps) { return {0, 1.0f / __builtin_sqrtf(squares / n + eps)}; }
+
+inline Stats layer(float sum, const float* row, int64_t n, float eps) {
+  const float mean = sum / n;
   const float squares = reduce(n, [&](int64_t i, auto w) {
     const auto v = F32::load<decltype(w)::value>(row + i) - mean;
     return v * v;

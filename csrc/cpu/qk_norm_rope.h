@@ -1,83 +1,133 @@
-// y = rotated(norm(x)·weight + bias) of one tensor [B, S, H, D]; called for q and for k. A token's heads are gathered into
-// one float row in L1, normed and rotated there, and written out contiguous, in the order asked for.
+// y = rotated(norm(x)·weight + bias) of one tensor [B, S, H, D]; called for q and for k. What shares a norm is read from memory
+// into a float row in L1, and normed, rotated and written out from there, contiguous, in the order asked for.
 #pragma once
 
 #include "norm.h"
-#include "simd.h"
+#include "stream.h"
 
 namespace hhattn::HHATTN_ISA {
 
-// row = (row − mean)·rstd·weight + bias; weight and bias are float rows of n.
-inline void apply_norm(float* row, int64_t n, Stats stats, const float* weight, const float* bias) {
-  sweep(n, [&](int64_t i, auto w) {
-    constexpr int N = decltype(w)::value;
-    const Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
-    F32::store<N>(row + i, normed * F32::load<N>(weight + i) + F32::load<N>(bias + i));
-  });
+// (−, +, −, +, …): the sign that the other of a pair of neighbours comes with.
+template <int N>
+inline Vec<N> pair_signs() {
+  Vec<N> signs;
+  for (int i = 0; i < N; ++i) signs[i] = i % 2 == 0 ? -1.0f : 1.0f;
+  return signs;
 }
 
-// (a, b) → (a·cos_a − b·sin_a, b·cos_b + a·sin_b) for neighbours. The sign is in sin: even lanes hold −sin.
-inline void rotate_interleaved(float* x, const float* cos, const float* signed_sin, int64_t dim) {
-  sweep<2>(dim, [&](int64_t i, auto w) {
-    constexpr int N = decltype(w)::value;
-    const Vec<N> v = F32::load<N>(x + i);
-    F32::store<N>(x + i, v * F32::load<N>(cos + i) + swap_pairs<N>(v) * F32::load<N>(signed_sin + i));
-  });
+// The rotary angles of a token's head as floats. The sign that the formula has is in sin: −sin for the first of each pair.
+class HeadAngles {
+ public:
+  HeadAngles(const NormRope& a, float* scratch) : a_(a), cos_(scratch), sin_(scratch + a.dim) {}
+  static int64_t scratch(int64_t dim) { return 2 * dim; }
+
+  bool by_head() const { return a_.cos.head != 0 || a_.sin.head != 0; }
+  void load(int64_t b, int64_t video, int64_t h) {
+    const int64_t half = a_.dim / 2;
+    load_row(a_.cos.in, b * a_.cos.batch + video * a_.cos.token + h * a_.cos.head, a_.dim, 1.0f, cos_);
+    load_row(a_.sin.in, b * a_.sin.batch + video * a_.sin.token + h * a_.sin.head, a_.dim, 0.0f, sin_);
+    if (a_.interleaved) {
+      sweep<2>(a_.dim, [&](int64_t i, auto w) {
+        constexpr int N = decltype(w)::value;
+        F32::store<N>(sin_ + i, F32::load<N>(sin_ + i) * pair_signs<N>());
+      });
+    } else {
+      sweep(half, [&](int64_t i, auto w) {
+        constexpr int N = decltype(w)::value;
+        F32::store<N>(sin_ + i, -F32::load<N>(sin_ + i));
+      });
+    }
+  }
+  const float* cos() const { return cos_; }
+  const float* sin() const { return sin_; }
+
+ private:
+  const NormRope& a_;
+  float *cos_, *sin_;
+};
+
+// row = the heads [first, first + count) of a token, and the sum over them of f(x).
+template <class X, class F>
+inline float load_heads(const NormRope& a, int64_t b, int64_t s, int64_t first, int64_t count, float* row, const F& f) {
+  const auto* x = static_cast<const typename X::Element*>(a.x.data) + b * a.batch + s * a.token + first * a.head;
+  const bool together = a.head == a.dim;
+  const int64_t n = together ? count * a.dim : a.dim;
+  float sum = 0;
+  for (int64_t h = 0; h < (together ? 1 : count); ++h) {
+    sum += reduce(n, [&](int64_t i, auto w) {
+      constexpr int N = decltype(w)::value;
+      const Vec<N> v = X::template load<N>(x + h * a.head + i);
+      F32::store<N>(row + h * a.dim + i, v);
+      return f(v);
+    });
+  }
+  return sum;
 }
 
-// The same for pairs (i, i + D/2). The sign is in sin: the first half holds −sin.
-inline void rotate_half(float* x, const float* cos, const float* signed_sin, int64_t dim) {
-  const int64_t half = dim / 2;
+template <class X>
+inline Stats load_stats(const NormRope& a, int64_t b, int64_t s, int64_t first, int64_t count, float* row) {
+  const int64_t n = count * a.dim;
+  if (a.norm == Norm::rms) {
+    return rms(load_heads<X>(a, b, s, first, count, row, [](auto v) { return v * v; }), n, a.eps);
+  }
+  const float sum = load_heads<X>(a, b, s, first, count, row, [](auto v) { return v; });
+  return a.norm == Norm::layer ? layer(sum, row, n, a.eps) : Stats{};
+}
+
+// y = one head, n(i, Width) gives its normed elements; rotated unless there are no angles.
+template <class X, class F>
+inline void write_head(const NormRope& a, const HeadAngles* angles, typename X::Element* y, bool streamed, const F& n) {
+  if (!angles) {
+    return sweep(a.dim, [&](int64_t i, auto w) { put<X, decltype(w)::value>(y + i, n(i, w), streamed); });
+  }
+  const float *cos = angles->cos(), *sin = angles->sin();
+  if (a.interleaved) {
+    return sweep<2>(a.dim, [&](int64_t i, auto w) {
+      constexpr int N = decltype(w)::value;
+      const Vec<N> v = n(i, w);
+      put<X, N>(y + i, v * F32::load<N>(cos + i) + swap_pairs<N>(v) * F32::load<N>(sin + i), streamed);
+    });
+  }
+  const int64_t half = a.dim / 2;
   sweep(half, [&](int64_t i, auto w) {
     constexpr int N = decltype(w)::value;
-    const Vec<N> a = F32::load<N>(x + i), b = F32::load<N>(x + half + i);
-    F32::store<N>(x + i, a * F32::load<N>(cos + i) + b * F32::load<N>(signed_sin + i));
-    F32::store<N>(x + half + i, b * F32::load<N>(cos + half + i) + a * F32::load<N>(signed_sin + half + i));
+    const Vec<N> first = n(i, w), second = n(half + i, w);
+    put<X, N>(y + i, first * F32::load<N>(cos + i) + second * F32::load<N>(sin + i), streamed);
+    put<X, N>(y + half + i, second * F32::load<N>(cos + half + i) + first * F32::load<N>(sin + half + i), streamed);
   });
 }
 
-inline void load_angles(const NormRope& a, int64_t b, int64_t s, int64_t h, float* cos, float* signed_sin) {
-  load_row(a.cos.in, b * a.cos.batch + s * a.cos.token + h * a.cos.head, a.dim, 1.0f, cos);
-  load_row(a.sin.in, b * a.sin.batch + s * a.sin.token + h * a.sin.head, a.dim, 0.0f, signed_sin);
-  if (a.interleaved) {
-    for (int64_t i = 0; i < a.dim; i += 2) signed_sin[i] = -signed_sin[i];
-  } else {
-    for (int64_t i = 0; i < a.dim / 2; ++i) signed_sin[i] = -signed_sin[i];
+template <class X>
+inline void norm_rope_rows(const NormRope& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = a.heads * a.dim, together = a.across_heads ? a.heads : 1, group = together * a.dim;
+  float *row = scratch, *weight = row + group, *bias = weight + group;
+  load_row(a.weight, 0, group, 1.0f, weight);
+  load_row(a.bias, 0, group, 0.0f, bias);
+  HeadAngles angles(a, bias + group);
+  const bool streamed = a.stream && can_stream<X>(a.y.data, a.interleaved ? a.dim : a.dim / 2);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t b = index / a.tokens, out = index % a.tokens, s = a.order ? a.order[out] : out, video = s - a.start;
+    const bool rotates = video >= 0 && video < a.video;
+    if (rotates && !angles.by_head()) angles.load(b, video, 0);
+    auto* y = static_cast<typename X::Element*>(a.y.data) + index * width;
+    for (int64_t first = 0; first < a.heads; first += together) {
+      const Stats stats = load_stats<X>(a, b, s, first, together, row);
+      for (int64_t h = 0; h < together; ++h) {
+        if (rotates && angles.by_head()) angles.load(b, video, first + h);
+        const int64_t at = h * a.dim;
+        write_head<X>(a, rotates ? &angles : nullptr, y + first * a.dim + at, streamed, [&](int64_t i, auto w) {
+          constexpr int N = decltype(w)::value;
+          const Vec<N> normed = (F32::load<N>(row + at + i) - stats.mean) * stats.rstd;
+          return normed * F32::load<N>(weight + at + i) + F32::load<N>(bias + at + i);
+        });
+      }
+    }
   }
+  end_stream();
 }
 
 inline void norm_rope(const NormRope& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = a.heads * a.dim, group = a.across_heads ? width : a.dim;
-  float *row = scratch, *weight = row + width, *bias = weight + width, *cos = bias + width, *sin = cos + a.dim;
-  load_row(a.weight, 0, group, 1.0f, weight);
-  load_row(a.bias, 0, group, 0.0f, bias);
-  const bool by_head = a.cos.head != 0 || a.sin.head != 0;
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t b = index / a.tokens, out = index % a.tokens, s = a.order ? a.order[out] : out;
-    for (int64_t h = 0; h < a.heads; ++h) {
-      load_row(a.x, b * a.batch + s * a.token + h * a.head, a.dim, 0.0f, row + h * a.dim);
-    }
-    if (a.norm != Norm::none) {
-      for (float* part = row; part < row + width; part += group) {
-        apply_norm(part, group, statistics(part, group, a.norm == Norm::layer, a.eps), weight, bias);
-      }
-    }
-    const int64_t at = s - a.start;
-    if (at >= 0 && at < a.video) {
-      for (int64_t h = 0; h < a.heads; ++h) {
-        if (h == 0 || by_head) load_angles(a, b, at, h, cos, sin);
-        (a.interleaved ? rotate_interleaved : rotate_half)(row + h * a.dim, cos, sin, a.dim);
-      }
-    }
-    with_dtype(a.y.dtype, [&](auto type) {
-      using T = decltype(type);
-      auto* y = static_cast<typename T::Element*>(a.y.data) + index * width;
-      sweep(width, [&](int64_t i, auto w) {
-        constexpr int N = decltype(w)::value;
-        T::template store<N>(y + i, F32::load<N>(row + i));
-      });
-    });
-  }
+  with_dtype(a.y.dtype, [&](auto type) { norm_rope_rows<decltype(type)>(a, begin, end, scratch); });
 }
 
 }  // namespace hhattn::HHATTN_ISA

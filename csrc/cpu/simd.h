@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -75,6 +75,10 @@ struct F32 {
     return read<Vec<N>>(p);
   }
   template <int N>
+  static Vec<N> pack(Vec<N> v) {
+    return v;
+  }
+  template <int N>
   static void store(float* p, Vec<N> v) {
     memcpy(p, &v, sizeof v);
   }
@@ -88,10 +92,15 @@ struct BF16 {
   }
   // To nearest, ties to even; a NaN stays a NaN instead of overflowing into the sign.
   template <int N>
-  static void store(uint16_t* p, Vec<N> v) {
+  static VecU16<N> pack(Vec<N> v) {
     const VecU<N> u = bits<VecU<N>>(v);
-    const VecU<N> rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const VecU16<N> h = __builtin_convertvector(select<N>(bits<VecU<N>>(v != v), (u >> 16) | 0x40, rounded), VecU16<N>);
+    const VecU<N> rounded = u + 0x7fff + ((u >> 16) & 1);
+    const VecU<N> whole = bits<VecU<N>>(v == v ? bits<Vec<N>>(rounded) : Vec<N>{} + __builtin_nanf(""));
+    return __builtin_convertvector(whole >> 16, VecU16<N>);
+  }
+  template <int N>
+  static void store(uint16_t* p, Vec<N> v) {
+    const VecU16<N> h = pack<N>(v);
     memcpy(p, &h, sizeof h);
   }
 };
@@ -109,22 +118,18 @@ struct F16 {
     return widen<N>(__builtin_convertvector(read<VecU16<N>>(p), VecU<N>));
   }
   template <int N>
-  static void store(uint16_t* p, Vec<N> v) {
+  static VecU16<N> pack(Vec<N> v) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) {
-      const __m256i h = _mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
-      memcpy(p, &h, sizeof h);
-      return;
-    }
+    if constexpr (N == 16) return bits<VecU16<N>>(_mm512_cvtps_ph(bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__F16C__)
-    if constexpr (N == 8) {
-      const __m128i h = _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT);
-      memcpy(p, &h, sizeof h);
-      return;
-    }
+    if constexpr (N == 8) return bits<VecU16<N>>(_mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #endif
-    const VecU16<N> h = __builtin_convertvector(narrow<N>(v), VecU16<N>);
+    return __builtin_convertvector(narrow<N>(v), VecU16<N>);
+  }
+  template <int N>
+  static void store(uint16_t* p, Vec<N> v) {
+    const VecU16<N> h = pack<N>(v);
     memcpy(p, &h, sizeof h);
   }
 

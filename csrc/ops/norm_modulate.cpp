@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor> norm_modulate(const Tensor& x, const OptTensor& scale
     a.residual = rows(*residual, "residual");
     a.r = output(r);
   }
+  a.stream = bytes_of(y) + bytes_of(r) > kStreamBytes;
   run(kernels().norm_modulate, a, x.size(0) * a.tokens, a.channels);
   return {y, r};
 }

@@ -29,6 +29,7 @@ Tensor norm_rope(const Tensor& x, const char* name, NormRope a, const OptTensor&
   a.bias = channels(bias, affine, "bias");
   Tensor y = empty(x);
   a.y = output(y);
+  a.stream = bytes_of(y) > kStreamBytes;
   run(kernels().norm_rope, a, x.size(0) * a.tokens, a.heads * a.dim);
   return y;
 }

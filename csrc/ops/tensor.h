@@ -80,6 +80,11 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 
 inline Tensor empty(const Tensor& like) { return new_tensor(like, like.sizes()); }
 
+// Outputs of more bytes are written past the cache, which would hold little of them afterwards.
+inline constexpr int64_t kStreamBytes = int64_t{1} << 24;
+
+inline int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
+
 // An affine parameter of n channels.
 inline In channels(const OptTensor& t, int64_t n, const char* name) {
   if (!t) return {};
