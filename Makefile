@@ -1,4 +1,4 @@
-# setup demo test test-all bench gpu lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
+# setup demo test test-all asan tsan bench gpu lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -12,7 +12,7 @@ ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
 endif
 endif
 
-.PHONY: setup demo test test-all bench gpu lint clean
+.PHONY: setup demo test test-all asan tsan bench gpu lint clean
 
 setup: $(VENV)/.everything
 
@@ -44,6 +44,22 @@ test: $(VENV)/.everything
 test-all: $(VENV)/.everything
 	$(BIN)/pytest -m ''
 	HHATTN_IMPL=reference $(BIN)/pytest
+
+# The ops' tests on a library whose every access (asan), or every order between threads (tsan), is checked. The test of memory is
+# left out, since freed memory is held back; leaks are Python's and torch's own.
+OPS := norm_modulate qk_norm_rope block_sparse_attention block_linear_attention block_linear_attention_cpp
+SANITIZED = $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
+RUNTIMES = $(foreach library,$@ stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+CHECKED = PYTHONPATH=build/$@/lib LD_PRELOAD="$(RUNTIMES)" HHATTN_TEST_THREADS=3 $(BIN)/pytest -q -p no:cacheprovider \
+  -k 'not long_clip' $(OPS:%=tests/test_%.py)
+
+asan: $(VENV)/.everything
+	HHATTN_NATIVE=1 HHATTN_SANITIZE=address $(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 $(CHECKED)
+
+tsan: $(VENV)/.everything
+	HHATTN_NATIVE=1 HHATTN_SANITIZE=thread $(SANITIZED)
+	TSAN_OPTIONS='exitcode=66 suppressions=tests/tsan.supp log_path=build/tsan/races' setarch -R $(CHECKED)
 
 bench: $(VENV)/.everything
 	$(BIN)/python benchmarks/run.py

@@ -39,6 +39,9 @@ MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower()
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-psabi"]
 FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 warns inside its own avx512fintrin.h
+# HHATTN_SANITIZE=address or thread: checked code, for `make asan` and `make tsan`.
+SANITIZE = [f"-fsanitize={kind}" for kind in [os.environ.get("HHATTN_SANITIZE")] if kind]
+FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else []
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
 
@@ -94,6 +97,7 @@ class BuildNative(build_ext):
         self.compiler.spawn = self.compiler.call = run_compiler  # the first before setuptools 84, the second since
         ext.extra_objects = self.compile_all(torch)
         ext.sources, ext.library_dirs, ext.libraries = [], [str(torch / "lib")], ["torch_cpu"]
+        ext.extra_link_args = SANITIZE
         super().build_extension(ext)
 
     def get_outputs(self) -> list[str]:

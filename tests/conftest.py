@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,8 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
-    """One thread: tests are small, and several test runs may share the machine."""
-    torch.set_num_threads(1)
+    """One thread, unless asked: tests are small, and several test runs may share the machine."""
+    torch.set_num_threads(int(os.environ.get("HHATTN_TEST_THREADS", "1")))
 
 
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   for_groups(q.size(0) * a.kv_heads, rep * a.mask.nq, [&](int64_t first, int64_t count, int64_t most) {
     if (!packed) packed = make_scratch(most * (k_floats + v_floats));
     const auto keys = [&](int64_t pair) { return packed.get() + pair * (k_floats + v_floats); };
-    torch::stable::parallel_for(0, count * a.k_len, 1024, [&](int64_t begin, int64_t end) {
+    parallel(0, count * a.k_len, 1024, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin, stop; at < end; at = stop) {
         const int64_t pair = at / a.k_len, start = pair * a.k_len;
         stop = std::min(end, start + a.k_len);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
   Tensor delta = torch::stable::new_empty(lse, lse.sizes());
   g.delta = static_cast<float*>(delta.mutable_data_ptr());
   const Heads of_lse{{dlse.const_data_ptr(), DType::f32}, dlse.stride(0), dlse.stride(2), dlse.stride(1)};
-  torch::stable::parallel_for(0, q.size(0) * a.q_len, 1024, [&](int64_t begin, int64_t end) {
+  parallel(0, q.size(0) * a.q_len, 1024, [&](int64_t begin, int64_t end) {
     use.block_sparse_delta(a, g.dout, of_lse, begin, end, static_cast<float*>(delta.mutable_data_ptr()));
   });
   const Columns columns = by_column(a.mask);
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
                                 scratch);
     });
     if (in_place) return;
-    torch::stable::parallel_for(0, count * rep * nq, 8, [&](int64_t begin, int64_t end) {
+    parallel(0, count * rep * nq, 8, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t pair = item / nq, at = first * rep + pair;
         use.block_sparse_store_dq(g, at / a.heads, at % a.heads, item % nq, pair);

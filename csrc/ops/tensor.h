@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -106,6 +109,25 @@ inline Scratch make_scratch(int64_t floats) {
   return Scratch(static_cast<float*>(data));
 }
 
+// f(begin, end) in parallel over [begin, end), each part at least `grain` long. ThreadSanitizer doesn't see how OpenMP's threads
+// wait for one another, and is told.
+template <class F>
+void parallel(int64_t begin, int64_t end, int64_t grain, const F& f) {
+#if defined(__SANITIZE_THREAD__)
+  static char forked, joined;  // not on the stack: finding them there would be a read before the acquire
+  const auto body = [&](int64_t from, int64_t to) {
+    __tsan_acquire(&forked);
+    f(from, to);
+    __tsan_release(&joined);
+  };
+  __tsan_release(&forked);
+  torch::stable::parallel_for(begin, end, grain, body);
+  __tsan_acquire(&joined);
+#else
+  torch::stable::parallel_for(begin, end, grain, f);
+#endif
+}
+
 // f(item, scratch) for every item of [0, count), each thread taking the next one that is left: pieces of uneven cost balance.
 // Items begin in ascending order.
 template <class F>
@@ -113,7 +135,7 @@ void for_each_item(int64_t count, int64_t scratch_floats, const F& f) {
   if (count == 0) return;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel(0, threads, 1, [&](int64_t, int64_t) {
     const Scratch scratch = make_scratch(scratch_floats);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(item, scratch.get());
   });
@@ -123,7 +145,7 @@ void for_each_item(int64_t count, int64_t scratch_floats, const F& f) {
 template <class Args>
 void run(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args, int64_t count, int64_t width) {
   if (count == 0 || width == 0) return;
-  torch::stable::parallel_for(0, count, std::max<int64_t>(kGrain / width, 1), [&](int64_t begin, int64_t end) {
+  parallel(0, count, std::max<int64_t>(kGrain / width, 1), [&](int64_t begin, int64_t end) {
     const Scratch scratch = make_scratch(args.scratch());
     kernel(args, begin, end, scratch.get());
   });
