@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -47,7 +48,8 @@ def test_results_and_tiles(op: str, gradients: bool) -> None:
     """q, k and v are one tensor of 29 MB: autograd adds the three gradients up, so one more sum may be alive."""
     setup, call = CASES[op]
     program = PROGRAM.format(setup=setup, call=call, gradients=gradients)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    env = {**os.environ, "HHATTN_IMPL": "cpp"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
     results = 5 if gradients else 1
     one = 14720 * 8 * 64 * 4 / 2**20
