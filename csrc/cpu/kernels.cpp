@@ -3,7 +3,9 @@
 #include "block_sparse_attention.h"
 #include "block_sparse_attention_backward.h"
 #include "norm_modulate.h"
+#include "norm_modulate_backward.h"
 #include "qk_norm_rope.h"
+#include "qk_norm_rope_backward.h"
 
 #define HHATTN_NAME_(isa) #isa
 #define HHATTN_NAME(isa) HHATTN_NAME_(isa)
@@ -11,7 +13,8 @@
 namespace hhattn::HHATTN_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels{HHATTN_NAME(HHATTN_ISA), kLanes, &norm_modulate, &norm_rope,
+const Kernels kernels{HHATTN_NAME(HHATTN_ISA), kLanes, &norm_modulate, &norm_modulate_backward,
+                      &norm_rope, &norm_rope_backward, &store_sums,
                       &block_sparse_scratch, &block_sparse_pack, &block_sparse_forward,
                       &block_sparse_backward_scratch, &block_sparse_delta, &block_sparse_backward,
                       &block_sparse_store_dq, &block_linear_scratch, &block_linear_sums,

@@ -42,7 +42,28 @@ struct NormModulate {
   bool stream = false;  // outputs go past the cache
   float eps = 0;
   // Floats of scratch that a thread needs.
-  int64_t scratch() const { return 6 * channels; }
+  int64_t scratch() const { return 7 * channels; }
+};
+
+// The gradient of a Modulation, contiguous: `out` itself where a row's tokens are all in one piece of the work, else sums that
+// become it at the end.
+struct ModulationGradient {
+  Out out;
+  double* sums = nullptr;
+  int64_t batch = 0, tokens_per_row = 1;  // batch counts rows
+};
+
+// Gradients of NormModulate, all but x's where they are asked for; dx and dresidual are contiguous. The rows of B·S are worked on
+// in pieces, whose sums are added up in the order of the pieces.
+struct NormModulateBackward {
+  NormModulate forward;  // y and r are not written
+  Rows dy, dr;
+  Out dx, dresidual;
+  ModulationGradient dscale, dshift, dgate;
+  double *dweight = nullptr, *dbias = nullptr;
+  int64_t rows = 0, piece = 0;
+  int32_t* turn = nullptr;  // null where nothing is summed over pieces
+  int64_t scratch() const { return 13 * forward.channels; }
 };
 
 enum class Norm : int { none, rms, layer };
@@ -73,6 +94,27 @@ struct NormRope {
 struct Heads {
   In in;
   int64_t batch = 0, token = 0, head = 0;
+};
+
+// Gradients of NormRope; dx is contiguous.
+struct NormRopeGradients {
+  NormRope forward;  // y is not written
+  Heads dy;
+  Out dx;
+  double *dweight = nullptr, *dbias = nullptr;
+  int64_t table_head = 0;  // elements of dcos from one head to the next
+  int64_t scratch() const { return 6 * forward.heads * forward.dim + 2 * forward.dim; }
+};
+
+// The same for q and k together, and of their tables, contiguous [1 or B, S_video, 1 or H, D]. The rows of S·B, a token's batch
+// entries side by side, are worked on in pieces, whose sums are added up in the order of the pieces.
+struct NormRopeBackward {
+  NormRopeGradients q, k;
+  Out dcos, dsin;
+  int64_t table_batch = 0, table_width = 0;  // elements from one batch entry to the next (0: they share a table), and of a token
+  int64_t batches = 0, piece = 0;
+  int32_t* turn = nullptr;
+  int64_t scratch() const { return q.scratch() + k.scratch() + 2 * table_width; }
 };
 
 // A BlockMask's lists of one batch entry and head: `partial` of the key blocks have bits, the others are attended whole.
@@ -177,7 +219,10 @@ struct Kernels {
   const char* isa;
   int lanes;
   void (*norm_modulate)(const NormModulate&, int64_t begin, int64_t end, float* scratch);
+  void (*norm_modulate_backward)(const NormModulateBackward&, int64_t piece, float* scratch);
   void (*norm_rope)(const NormRope&, int64_t begin, int64_t end, float* scratch);
+  void (*norm_rope_backward)(const NormRopeBackward&, int64_t piece, float* scratch);
+  void (*store_sums)(const double* sums, int64_t n, const Out&);
   int64_t (*block_sparse_scratch)(const BlockSparse&);
   void (*block_sparse_pack)(const BlockSparse&, int64_t b, int64_t kv_head, int64_t begin, int64_t end, float* k, float* v);
   void (*block_sparse_forward)(const BlockSparse&, int64_t b, int64_t h, int64_t i, const float* k, const float* v, float* scratch);

@@ -86,8 +86,15 @@ struct F32 {
 
 struct BF16 {
   using Element = uint16_t;
+  // GCC 12 makes several instructions of a conversion that is one.
   template <int N>
   static Vec<N> load(const uint16_t* p) {
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return bits<Vec<N>>(bits<VecU<N>>(_mm512_cvtepu16_epi32(read<__m256i>(p))) << 16);
+#endif
+#if defined(__AVX2__)
+    if constexpr (N == 8) return bits<Vec<N>>(bits<VecU<N>>(_mm256_cvtepu16_epi32(read<__m128i>(p))) << 16);
+#endif
     return bits<Vec<N>>(__builtin_convertvector(read<VecU16<N>>(p), VecU<N>) << 16);
   }
   // To nearest, ties to even; a NaN stays a NaN instead of overflowing into the sign.
@@ -95,13 +102,25 @@ struct BF16 {
   static VecU16<N> pack(Vec<N> v) {
     const VecU<N> u = bits<VecU<N>>(v);
     const VecU<N> rounded = u + 0x7fff + ((u >> 16) & 1);
-    const VecU<N> whole = bits<VecU<N>>(v == v ? bits<Vec<N>>(rounded) : Vec<N>{} + __builtin_nanf(""));
-    return __builtin_convertvector(whole >> 16, VecU16<N>);
+    return high_halves<N>(v == v ? bits<Vec<N>>(rounded) : Vec<N>{} + __builtin_nanf(""));
   }
   template <int N>
   static void store(uint16_t* p, Vec<N> v) {
     const VecU16<N> h = pack<N>(v);
     memcpy(p, &h, sizeof h);
+  }
+
+ private:
+  template <int N>
+  static VecU16<N> high_halves(Vec<N> v) {
+#if defined(__AVX512BW__)
+    if constexpr (N == 16) return odd_elements<N>(bits<VecU16<2 * N>>(v), std::make_integer_sequence<int, N>{});
+#endif
+    return __builtin_convertvector(bits<VecU<N>>(v) >> 16, VecU16<N>);
+  }
+  template <int N, int... I>
+  static VecU16<N> odd_elements(VecU16<2 * N> v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (2 * I + 1)...);
   }
 };
 

@@ -47,7 +47,7 @@ inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, c
 
 inline In input(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1, name, ": the last dim must be contiguous");
+  STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1 || t.numel() == 0, name, ": the last dim must be contiguous");
   return {t.const_data_ptr(), dtype_of(t, name)};
 }
 
@@ -87,6 +87,31 @@ inline Tensor empty(const Tensor& like) { return new_tensor(like, like.sizes());
 inline constexpr int64_t kStreamBytes = int64_t{1} << 24;
 
 inline int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
+
+// A tensor that may be missing, as outputs of an operator can't: it is empty then.
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// Sums that become the gradient `out`, and the gradient; where there is no such argument, neither.
+class Sums {
+ public:
+  Sums() = default;
+  explicit Sums(Tensor& out)
+      : out_(output(out)), count_(out.numel()),
+        sums_(torch::stable::new_zeros(out, {count_}, torch::headeronly::ScalarType::Double)) {}
+  double* data() { return sums_ ? static_cast<double*>(sums_->mutable_data_ptr()) : nullptr; }
+  void store() {
+    if (count_ > 0) kernels().store_sums(data(), count_, out_);
+  }
+
+ private:
+  Out out_;
+  int64_t count_ = 0;
+  OptTensor sums_;
+};
+
+// Rows of a piece of a backward pass: enough that its sums cost little beside it, few enough that threads share the work evenly
+// and float32 sums over it are as exact as pairwise ones. Never by the number of threads: sums would change with it.
+inline constexpr int64_t kPieceRows = 64;
 
 // An affine parameter of n channels.
 inline In channels(const OptTensor& t, int64_t n, const char* name) {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn.ops import _check
-from hhattn.ops._norm import normalize, normalize_backward
+from hhattn.ops._second import differentiable_gradient
 from hhattn.reference.norm_modulate import norm_modulate as _reference
 
 OP = "norm_modulate"
@@ -149,54 +149,45 @@ def _fake(
     return y, x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
+def _fake_backward(
+    dy: Tensor,
+    dr: Tensor | None,
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    layer: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    inputs = (x, scale, shift, weight, bias, residual, gate)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, shift, weight, bias, residual, gate, ctx.layer, ctx.eps = inputs
-    ctx.save_for_backward(x, scale, shift, weight, bias, residual, gate)
+    *tensors, ctx.layer, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
 
 
-def _rows(m: Tensor, like: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """m [B, F, C] as [B, F, 1, C] in float32, and how ``like`` [B, S, C] divides: (F, S/F), or (0, 0)."""
-    return m.float().unsqueeze(2), (m.shape[1], like.shape[1] // max(1, m.shape[1]))
-
-
-def _times(x: Tensor, m: Tensor, plus: float = 0.0) -> Tensor:
-    """``x·(m + plus)`` where each row of m serves its group of tokens."""
-    rows, groups = _rows(m, x)
-    return (x.unflatten(1, groups) * (rows + plus)).flatten(1, 2)
-
-
-def _sum_like(grad: Tensor, m: Tensor | None) -> Tensor | None:
-    """``grad`` [B, S, C] summed over the tokens (and the batch) that share a row of m."""
-    if m is None:
-        return None
-    _, groups = _rows(m, grad)
-    total = grad.unflatten(1, groups).sum(2)
-    return (total.sum(0, keepdim=True) if m.shape[0] < total.shape[0] else total).to(m.dtype)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_r: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
     """The formula's gradient, from the inputs alone: nothing of the forward's size is kept."""
-    x, scale, shift, weight, bias, residual, gate = ctx.saved_tensors
-    norm = "layer" if ctx.layer else "rms"
-    gated = x.float() if gate is None else _times(x.float(), gate)
-    n, rstd = normalize(gated if residual is None else residual.float() + gated, norm, ctx.eps)
-    affine = n if weight is None else n * weight.float()
-    affine = affine if bias is None else affine + bias.float()
-
-    g = grad_y.float()
-    grad_shift, grad_scale = _sum_like(g, shift), _sum_like(g * affine, scale)
-    g = g if scale is None else _times(g, scale, plus=1.0)
-    grad_bias = None if bias is None else g.sum((0, 1)).to(bias.dtype)
-    grad_weight = None if weight is None else (g * n).sum((0, 1)).to(weight.dtype)
-    g = normalize_backward(g if weight is None else g * weight.float(), n, rstd, norm)
-    if residual is None:
-        return g.to(x.dtype), grad_scale, grad_shift, grad_weight, grad_bias, None, None, None, None
-    g = g + grad_r.float()
-    grad_gate = _sum_like(g * x.float(), gate)
-    grad_x = (g if gate is None else _times(g, gate)).to(x.dtype)
-    return grad_x, grad_scale, grad_shift, grad_weight, grad_bias, g.to(residual.dtype), grad_gate, None, None
+    tensors = ctx.saved_tensors
+    x, residual = tensors[0], tensors[5]
+    dr = None if residual is None else dr
+    if torch.is_grad_enabled():
+        args = (*tensors, "layer" if ctx.layer else "rms", ctx.eps)
+        return tuple(differentiable_gradient(_reference, args, ctx.needs_input_grad, (dy, dr)))
+    dy = torch.zeros_like(x) if dy is None else dy
+    # a sum's gradient is one number, expanded
+    dy, dr = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dy, dr))
+    grads = torch.ops.hhattn.norm_modulate_backward(dy, dr, *tensors, ctx.layer, ctx.eps)
+    return (*(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None)
 
 
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::norm_modulate", _fake)
+    torch.library.register_fake("hhattn::norm_modulate_backward", _fake_backward)
     torch.library.register_autograd("hhattn::norm_modulate", _backward, setup_context=_setup)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hhattn import _dispatch, _ext
 from hhattn.layout import VideoLayout
 from hhattn.ops import _check
-from hhattn.ops._norm import normalize, normalize_backward
+from hhattn.ops._second import differentiable_gradient
 from hhattn.ops.rope_3d import ROTATIONS
 from hhattn.reference.qk_norm_rope import qk_norm_rope as _reference
 
@@ -207,63 +207,65 @@ def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
+def _fake_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    norm: int,
+    across_heads: bool,
+    interleaved: bool,
+    eps: float,
+    start: int,
+    order: Tensor | None,
+    tables: bool,
+) -> tuple[Tensor, ...]:
+    def like(x: Tensor | None) -> Tensor:
+        return q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    angles = (cos, sin) if tables else (None, None)
+    return tuple(like(x) for x in (q, k, *angles, q_weight, k_weight, q_bias, k_bias))
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, norm, ctx.across_heads, ctx.interleaved, ctx.eps, ctx.start, order = inputs
-    ctx.norm = NORMS[norm]
+    *tensors, norm, across_heads, interleaved, eps, start, order = inputs
+    ctx.how = (norm, across_heads, interleaved, eps, start)
     ctx.save_for_backward(*tensors, order)
 
 
-def _turn(x: Tensor, interleaved: bool) -> Tensor:
-    """Each pair (a, b) of the last dim becomes (−b, a)."""
-    shape = (x.shape[-1] // 2, 2) if interleaved else (2, x.shape[-1] // 2)
-    pairs = x.unflatten(-1, shape)
-    a, b = pairs.unbind(-1 if interleaved else -2)
-    return torch.stack((-b, a), -1 if interleaved else -2).flatten(-2)
-
-
-def _backward_one(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, grad: Tensor, tables: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients in x, weight, bias, cos and sin of one of the two tensors, from its inputs alone."""
-    cos, sin, order = tables
-    g = grad.float()
-    if order is not None:
-        g = torch.empty_like(g).index_copy(1, order, g)
-    n, rstd = x.float().flatten(2) if ctx.across_heads else x.float(), None
-    if ctx.norm is not None:
-        n, rstd = normalize(n, ctx.norm, ctx.eps)
-    grad_cos = grad_sin = None
-    if cos is not None and sin is not None:
-        y = n if weight is None else n * weight.float()
-        y = (y if bias is None else y + bias.float()).view(x.shape)
-        stop = ctx.start + cos.shape[1]
-        video, gv = y[:, ctx.start : stop], g[:, ctx.start : stop]
-        if ctx.needs_input_grad[2]:
-            grad_cos = (gv * video).sum_to_size(cos.shape)
-        if ctx.needs_input_grad[3]:
-            grad_sin = (gv * _turn(video, ctx.interleaved)).sum_to_size(sin.shape)
-        gv = gv * cos.float() - _turn(gv * sin.float(), ctx.interleaved)
-        g = torch.cat((g[:, : ctx.start], gv, g[:, stop:]), 1)
-    g = g.reshape(n.shape)
-    leading = tuple(range(g.ndim - 1))
-    grad_bias = None if bias is None else g.sum(leading).to(bias.dtype)
-    grad_weight = None if weight is None else (g * n).sum(leading).to(weight.dtype)
-    g = g if weight is None else g * weight.float()
-    g = g if rstd is None else normalize_backward(g, n, rstd, ctx.norm)
-    return g.view(x.shape).to(x.dtype), grad_weight, grad_bias, grad_cos, grad_sin
-
-
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-    """The formula's gradient: rotate back by the same angles, then the gradient of the norm."""
-    q, k, cos, sin, q_weight, k_weight, q_bias, k_bias, order = ctx.saved_tensors
-    tables = (cos, sin, order)
-    dq, dq_weight, dq_bias, dq_cos, dq_sin = _backward_one(ctx, q, q_weight, q_bias, grad_q, tables)
-    dk, dk_weight, dk_bias, dk_cos, dk_sin = _backward_one(ctx, k, k_weight, k_bias, grad_k, tables)
-    d_cos = None if dq_cos is None or dk_cos is None else (dq_cos + dk_cos).to(cos.dtype)
-    d_sin = None if dq_sin is None or dk_sin is None else (dq_sin + dk_sin).to(sin.dtype)
-    return dq, dk, d_cos, d_sin, dq_weight, dk_weight, dq_bias, dk_bias, None, None, None, None, None, None
+    """The formula's gradient, from the inputs alone: rotate back by the same angles, then the gradient of the norm."""
+    *tensors, order = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiable_backward(ctx, grad_q, grad_k)
+    # a sum's gradient is one number, expanded
+    grads = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+    tables = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    found = torch.ops.hhattn.qk_norm_rope_backward(*grads, *tensors, *ctx.how, order, tables)
+    missing = (None,) * (len(ctx.how) + 1)
+    present = (t is not None and (tables or i not in (2, 3)) for i, t in enumerate(tensors))
+    return (*(grad if there else None for grad, there in zip(found, present, strict=True)), *missing)
+
+
+def _differentiable_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, order = ctx.saved_tensors
+    norm, across_heads, interleaved, eps, start = ctx.how
+    how = (NORMS[norm], across_heads, "interleaved" if interleaved else "half", eps, start, start > 0, order)
+
+    def reference(*args: Any) -> tuple[Tensor, Tensor]:
+        return _reference(*(*args[: len(tensors)], *how))
+
+    args = (*tensors, *ctx.how, order)
+    return tuple(differentiable_gradient(reference, args, ctx.needs_input_grad, (grad_q, grad_k)))
 
 
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::qk_norm_rope", _fake)
+    torch.library.register_fake("hhattn::qk_norm_rope_backward", _fake_backward)
     torch.library.register_autograd("hhattn::qk_norm_rope", _backward, setup_context=_setup)
