@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 from video_models import TINY
 
 from hhattn.video.codec import Codec
 from hhattn.video.generate import Pipeline, Request
+from hhattn.video.model import VideoDiT
 from hhattn.video.presets import SIZES
 from hhattn.video.prior import MotionPrior, tokenize
 from hhattn.video.text import SLOTS
@@ -27,7 +29,7 @@ from hhattn.video.train import prior as prior_stage
 from hhattn.video.train.__main__ import app as stages_app
 from hhattn.video.train.muon import Muon, orthogonalize
 from hhattn.video.train.prior import draw as draw_paths
-from hhattn.video.weights import store
+from hhattn.video.weights import FOLDER, store
 from hhattn.video.world import Clip, render
 
 
@@ -110,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny training set: the encoder fitted on few clips, one shard."""
     out = tmp_path_factory.mktemp("train")
     codec = data.fit_codec(random.Random(0), clips=6)
-    loop.save(out / "encoder.pt", {k: v for k, v in codec.state_dict().items() if "decoder" not in k})
+    loop.save(out / "encoder.pt", data.encoder_of(codec.state_dict()))
     codec = data.load_codec(out)
     data.held_out(out, codec, count=2)
     loop.save(out / "clips-0-000.pt", data.make_clips(codec, random.Random(1), 2, 8))
@@ -322,6 +324,37 @@ def test_every_stage_runs_resumes_and_ships(folder: Path, tmp_path: Path, monkey
     chunk = next(iter(Pipeline(shipped).stream(Request("red kite", seconds=0.2, size="tiny"))))
     assert len(chunk.frames) == 3
     assert chunk.latents.isfinite().all()
+
+
+def test_the_encoder_comes_from_its_seed_alone_or_from_a_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = (data.encoder_of(data.fit_codec(random.Random(0), clips=2).state_dict()) for _ in range(2))
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    codec = FOLDER / "codec.safetensors"
+    monkeypatch.setattr(data, "held_out", lambda folder, codec: None)  # which takes its time
+    data.make(tmp_path, shards=0, start_from=codec)
+    kept, shipped = torch.load(tmp_path / "encoder.pt"), load_file(codec)
+    assert kept.keys() == {"mean", "basis", "spread"}
+    assert all(torch.equal(kept[k], shipped[k].float()) for k in kept)
+
+
+def test_weights_of_another_encoder_are_not_put_beside_a_codec(tmp_path: Path) -> None:
+    """A decoder can't read the latents of an encoder fitted anew, though every figure in training looks well."""
+    out, to, codec = tmp_path / "out", tmp_path / "to", FOLDER / "codec.safetensors"
+    out.mkdir()
+    to.mkdir()
+    (to / codec.name).write_bytes(codec.read_bytes())
+    loop.save(out / "encoder.pt", data.encoder_of(load_file(codec)))
+    loop.save(out / "dit.pt", {"average": VideoDiT().state_dict(), "step": 1, "elapsed": 60.0})
+    export = ["export", "--out", str(out), "--to", str(to)]
+    assert CliRunner().invoke(stages_app, export).exit_code == 0
+    other = torch.load(out / "encoder.pt")
+    other["basis"][:, 7] *= -1
+    loop.save(out / "encoder.pt", other)
+    (to / "dit.safetensors").unlink()
+    result = CliRunner().invoke(stages_app, export)
+    assert result.exit_code == 2
+    assert "another encoder" in result.output
+    assert not (to / "dit.safetensors").exists()
 
 
 def test_crops_show_something() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from safetensors.torch import load_file
 
 from ..codec import Codec
 from ..model import VideoDiT
 from ..prior import MotionPrior
 from ..reader import Reader
-from ..weights import store
+from ..weights import FOLDER, store
 from . import codec as codec_stage
 from . import data as data_stage
 from . import dit as dit_stage
@@ -35,10 +36,19 @@ def begin(threads: int) -> None:
 
 
 @app.command()
-def data(out: Folder = RUNS, shards: int = 40, seed: int = 0, threads: Threads = 1) -> None:
+def data(
+    out: Folder = RUNS,
+    shards: int = 40,
+    seed: int = 0,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(help="A codec's safetensors, whose encoder is kept: what models trained earlier understand."),
+    ] = None,
+    threads: Threads = 1,
+) -> None:
     """Fit the encoder, render latents of random clips (about 20 s a shard of 48 clips)."""
     begin(threads)
-    data_stage.make(out, shards=shards, seed=seed)
+    data_stage.make(out, shards=shards, seed=seed, start_from=start_from)
 
 
 @app.command()
@@ -81,16 +91,32 @@ def dit(
 def export(
     out: Folder = RUNS, to: Annotated[Path | None, typer.Option(help="Default: into the package.")] = None
 ) -> None:
-    """Write the averaged weights of every finished stage as fp16 safetensors."""
+    """Write the averaged weights of every finished stage as fp16 safetensors.
+
+    Refuses weights that were trained on the latents of another encoder than that of the codec they would lie beside.
+    """
     torch.set_num_threads(1)
     models = {"codec": Codec, "dit": VideoDiT, "prior": MotionPrior, "reader": Reader}
-    for name, make in models.items():
-        path = out / f"{name}.pt"
-        if path.exists():
-            state, model = torch.load(path), make()
-            model.load_state_dict(state["average"])
-            kept = store(model, name, to, steps=str(state["step"]), minutes=f"{state['elapsed'] / 60:.0f}")
-            print(f"{kept}: {kept.stat().st_size / 1e6:.1f} MB, step {state['step']}")
+    states = {name: torch.load(out / f"{name}.pt") for name in models if (out / f"{name}.pt").exists()}
+    _check_encoder(out, to or FOLDER, states)
+    for name, state in states.items():
+        model = models[name]()
+        model.load_state_dict(state["average"])
+        kept = store(model, name, to, steps=str(state["step"]), minutes=f"{state['elapsed'] / 60:.0f}")
+        print(f"{kept}: {kept.stat().st_size / 1e6:.1f} MB, step {state['step']}")
+
+
+def _check_encoder(out: Path, to: Path, states: dict[str, dict[str, Any]]) -> None:
+    beside = to / "codec.safetensors"
+    if "codec" in states or not states.keys() & {"dit", "reader"} or not beside.exists():
+        return
+    ours, theirs = torch.load(out / "encoder.pt"), data_stage.encoder_of(load_file(beside))
+    if not all(torch.equal(ours[k].half(), theirs[k].half()) for k in theirs):
+        raise typer.BadParameter(
+            f"{out} holds latents of another encoder than {beside}, whose decoder couldn't read them; train the codec "
+            f"under {out} too, or render the data again with --start-from {beside}",
+            param_hint="--out",
+        )
 
 
 if __name__ == "__main__":

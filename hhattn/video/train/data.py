@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..codec import TIME, Codec
@@ -31,13 +32,14 @@ def word_ids(clip: Clip) -> Tensor:
 def fit_codec(rng: random.Random, clips: int = 240) -> Codec:
     """Principal components from blocks of random clips, half of them blocks that the subject touches."""
     codec, inside, outside = Codec(), [], []
+    g = torch.Generator().manual_seed(rng.getrandbits(32))
     for _ in range(clips):
         clip = Clip.draw(rng)
         picture, cover = render(clip, frame_times(rng.uniform(0, 60), 2)[1], margin=MARGIN, stride=4)
         blocks = codec.blocks(picture[None], 1).flatten(0, 3)
         touched = torch.nn.functional.max_pool2d(cover.amax(0)[None, None], 8).flatten() > 0.1
         inside.append(blocks[touched])
-        outside.append(blocks[~touched][torch.randperm(int((~touched).sum()))[: 2 * int(touched.sum())]])
+        outside.append(blocks[~touched][torch.randperm(int((~touched).sum()), generator=g)[: 2 * int(touched.sum())]])
     codec.fit(torch.cat(inside + outside))
     return codec
 
@@ -60,6 +62,11 @@ def make_clips(codec: Codec, rng: random.Random, count: int, latents: int) -> di
     return {k: torch.stack(v) for k, v in out.items()}
 
 
+def encoder_of(codec: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a codec's state that says what a latent means."""
+    return {k: v.float() for k, v in codec.items() if not k.startswith("decoder.")}
+
+
 def load_codec(folder: Path) -> Codec:
     """A codec with the fitted encoder and an untrained decoder."""
     codec = Codec()
@@ -74,13 +81,16 @@ def held_out(folder: Path, codec: Codec, count: int = 48) -> None:
         save(path, make_clips(codec, random.Random("held out"), count, 2))
 
 
-def make(folder: Path, shards: int = 40, clips: int = 48, latents: int = 8, seed: int = 0) -> None:
-    """Fit the encoder and render the training set; what is there already is kept, so a killed run goes on where it
-    was."""
+def make(
+    folder: Path, shards: int = 40, clips: int = 48, latents: int = 8, seed: int = 0, start_from: Path | None = None
+) -> None:
+    """Fit the encoder, or take that of the codec in ``start_from`` (safetensors), and render the training set; what is
+    there already is kept, so a killed run goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = folder / "encoder.pt"
     if not encoder.exists():
-        save(encoder, {k: v for k, v in fit_codec(random.Random(12345)).state_dict().items() if "decoder" not in k})
+        state = load_file(start_from) if start_from else fit_codec(random.Random(12345)).state_dict()
+        save(encoder, encoder_of(state))
     codec = load_codec(folder)
     held_out(folder, codec)
     for i in range(shards):
