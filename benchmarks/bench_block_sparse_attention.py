@@ -213,7 +213,6 @@ def growth(tokens: int, args: argparse.Namespace) -> Case:
 
 def main() -> None:
     args = options(__doc__ or "", ("float32", "bfloat16", "float16"))
-    torch._dynamo.config.cache_size_limit = 64  # a mask is one more version of the compiled FlexAttention
     tokens = 1024 if args.quick else 8192
     with torch.no_grad():
         report("block_sparse_attention", [full_blocks(d, tokens, args) for d in (1.0, 0.5, 0.25, 0.125)], args)

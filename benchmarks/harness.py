@@ -1,4 +1,8 @@
-"""Timing that holds on a busy machine: contenders take turns; what counts is the median of each round's ratios."""
+"""Timing that holds on a busy machine: contenders take turns; what counts is the median of each round's ratios.
+
+Freed memory is kept for all contenders alike, so that what is timed is their own work. Otherwise the system zeroes
+every large output anew, page by page, which costs more than most element-wise ops and drowns what they differ in.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from hhattn._memory import keep_freed_memory
 
 ROUNDS = 20
 MM = 2048  # the product that stands for the machine's own speed
@@ -59,6 +65,8 @@ def options(description: str, dtypes: tuple[str, ...] = ("float32", "bfloat16"))
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU here")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    torch._dynamo.config.recompile_limit = 64  # every shape is compiled for itself, as its peer deserves
     args.dtypes = [getattr(torch, name) for name in args.dtype]
     args.rounds = 3 if args.quick else args.rounds
     return args

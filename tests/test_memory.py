@@ -17,10 +17,22 @@ CASES = {
     "block_sparse_attention": (
         "mask = hhattn.masks.sliding_tile(hhattn.VideoLayout(16, 23, 40), (3, 3, 3), order='tile')",
         "hhattn.block_sparse_attention(x, x, x, mask)",
+        1,
     ),
     "block_linear_attention": (
         "rope = hhattn.rope_3d((16, 23, 40), 64)",
         "hhattn.block_linear_attention(x, x, x, rope=rope, chunk_lens=3680)",
+        1,
+    ),
+    "norm_modulate": (
+        "m = torch.rand(3, 1, 16, 512)",
+        "hhattn.norm_modulate(x.flatten(2), m[0], m[1], residual=x.flatten(2), gate=m[2])[0].view_as(x)",
+        2,
+    ),
+    "qk_norm_rope": (
+        "rope = hhattn.rope_3d((16, 23, 40), 64)",
+        "hhattn.qk_norm_rope(x, x, *rope)[0]",
+        2,
     ),
 }
 PROGRAM = """
@@ -46,12 +58,12 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("op", CASES)
 def test_results_and_tiles(op: str, gradients: bool) -> None:
     """q, k and v are one tensor of 29 MB: autograd adds the three gradients up, so one more sum may be alive."""
-    setup, call = CASES[op]
+    setup, call, results = CASES[op]  # how many tensors as large as x come back
     program = PROGRAM.format(setup=setup, call=call, gradients=gradients)
     env = {**os.environ, "HHATTN_IMPL": "cpp"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env)
     assert run.returncode == 0, run.stderr
-    results = 5 if gradients else 1
+    results += 4 * gradients
     one = 14720 * 8 * 64 * 4 / 2**20
     # a packed head of keys and values, sums of four chunks, log-sum-exps, two threads' tiles, and code that is loaded
     assert float(run.stdout) < results * one + 16, (

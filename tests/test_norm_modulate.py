@@ -129,6 +129,15 @@ def test_any_argument_may_be_left_out(impl: str, names: tuple[str, ...]) -> None
     check({n: args[n] for n in ("x", *names)}, impl, "layer")
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("left_out", [(), ("weight", "bias"), ("residual", "gate"), ("weight",)], ids=str)
+def test_modulation_of_each_token(isa: str, left_out: tuple[str, ...], norm: str, dtype: torch.dtype) -> None:
+    """Where every token has modulation of its own, it is used as it is read."""
+    args = arguments(rows=12, dtype=dtype)
+    args["gate"] = randn(2, 12, 53, seed=6, dtype=dtype)
+    check({n: t for n, t in args.items() if n not in left_out}, "cpp", norm)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_mixed_dtypes(impl: str) -> None:
     """A bf16 branch on an fp32 stream with an fp16 modulation, as under autocast. y has x's dtype, r the residual's."""

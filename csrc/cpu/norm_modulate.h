@@ -1,5 +1,6 @@
 // y = (norm(r)·weight + bias)·(1 + scale) + shift, r = residual + gate·x. A row is read from memory once; what is needed
-// again stays in a float row in L1.
+// again stays in a float row in L1. Modulation that serves several tokens is converted once into float rows as well; where every
+// token has its own, that would be more traffic through L1 than the work itself, and it is used as it is read.
 #pragma once
 
 #include "norm.h"
@@ -55,9 +56,10 @@ class Modulated {
   float* scratch_;
 };
 
-// row = r, which is also written out with `write`, and the sum over it of f(r).
-template <class X, bool write, class F>
-inline float load_sum(const NormModulate& a, int64_t b, int64_t s, const float* gate, bool streamed, float* row, const F& f) {
+// row = r, which is also written out with `write`, and the sum over it of f(r). The gate is of type G.
+template <class X, bool write, class G, class F>
+inline float load_sum(const NormModulate& a, int64_t b, int64_t s, const typename G::Element* gate, bool streamed, float* row,
+                      const F& f) {
   const auto* x = static_cast<const typename X::Element*>(a.x.in.data) + b * a.x.batch + s * a.x.token;
   if (!a.residual.in.data) {
     return reduce(a.channels, [&](int64_t i, auto w) {
@@ -75,7 +77,7 @@ inline float load_sum(const NormModulate& a, int64_t b, int64_t s, const float* 
     auto* out = static_cast<Element*>(a.r.data) + (b * a.tokens + s) * a.channels;
     sum = reduce(a.channels, [&](int64_t i, auto w) {
       constexpr int N = decltype(w)::value;
-      const Vec<N> r = R::template load<N>(residual + i) + X::template load<N>(x + i) * F32::load<N>(gate + i);
+      const Vec<N> r = R::template load<N>(residual + i) + X::template load<N>(x + i) * G::template load<N>(gate + i);
       F32::store<N>(row + i, r);
       if constexpr (write) put<R, N>(out + i, r, streamed);
       return f(r);
@@ -85,35 +87,82 @@ inline float load_sum(const NormModulate& a, int64_t b, int64_t s, const float* 
 }
 
 // row = r, and its statistics.
-template <class X, bool write>
-inline Stats load_stats(const NormModulate& a, int64_t b, int64_t s, const float* gate, bool streamed, float* row) {
-  if (!a.layer) return rms(load_sum<X, write>(a, b, s, gate, streamed, row, [](auto r) { return r * r; }), a.channels, a.eps);
-  return layer(load_sum<X, write>(a, b, s, gate, streamed, row, [](auto r) { return r; }), row, a.channels, a.eps);
+template <class X, bool write, class G>
+inline Stats load_stats(const NormModulate& a, int64_t b, int64_t s, const typename G::Element* gate, bool streamed, float* row) {
+  if (!a.layer) return rms(load_sum<X, write, G>(a, b, s, gate, streamed, row, [](auto r) { return r * r; }), a.channels, a.eps);
+  return layer(load_sum<X, write, G>(a, b, s, gate, streamed, row, [](auto r) { return r; }), row, a.channels, a.eps);
 }
 
+// Every modulation is there, of x's dtype, and each token has its own.
+inline bool one_a_token(const NormModulate& a) {
+  for (const Modulation* m : {&a.scale, &a.shift, &a.gate}) {
+    if (m == &a.gate && !a.residual.in.data) continue;
+    if (!m->in.data || m->in.dtype != a.x.in.dtype || m->tokens_per_row != 1) return false;
+  }
+  return true;
+}
+
+class ModulateForward {
+ public:
+  ModulateForward(const NormModulate& a, float* scratch)
+      : a_(a), n_(a.channels), m_(a, scratch), row_(scratch + Modulated::scratch(n_)) {}
+
+  void run(int64_t begin, int64_t end) {
+    const bool direct = one_a_token(a_);
+    with_dtype(a_.x.in.dtype, [&](auto type) {
+      using X = decltype(type);
+      streamed_ = a_.stream && can_stream<X>(a_.y.data, n_);
+      with_dtype(a_.r.dtype, [&](auto r) { streamed_r_ = a_.stream && can_stream<decltype(r)>(a_.r.data, n_); });
+      for (int64_t index = begin; index < end; ++index) {
+        if (direct) {
+          token<X>(index);
+        } else {
+          token_of_many<X>(index);
+        }
+      }
+    });
+    end_stream();
+  }
+
+ private:
+  template <class X>
+  void token_of_many(int64_t index) {
+    const int64_t b = index / a_.tokens, s = index % a_.tokens;
+    m_.move_to(b, s);
+    const Stats stats = load_stats<X, true, F32>(a_, b, s, m_.gate(), streamed_r_, row_);
+    auto* y = static_cast<typename X::Element*>(a_.y.data) + index * n_;
+    sweep(n_, [=, row = row_, multiply = m_.multiply(), add = m_.add(), streamed = streamed_](int64_t i, auto w) {
+      constexpr int N = decltype(w)::value;
+      const Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
+      put<X, N>(y + i, normed * F32::load<N>(multiply + i) + F32::load<N>(add + i), streamed);
+    });
+  }
+
+  template <class X>
+  void token(int64_t index) {
+    using Element = typename X::Element;
+    const int64_t b = index / a_.tokens, s = index % a_.tokens;
+    const auto own = [&](const Modulation& m) { return static_cast<const Element*>(m.in.data) + row_offset(m, b, s); };
+    const Stats stats = load_stats<X, true, X>(a_, b, s, a_.residual.in.data ? own(a_.gate) : nullptr, streamed_r_, row_);
+    auto* y = static_cast<Element*>(a_.y.data) + index * n_;
+    sweep(n_, [=, row = row_, scale = own(a_.scale), shift = own(a_.shift), weight = m_.weight(), bias = m_.bias(),
+               affine = a_.weight.data || a_.bias.data, streamed = streamed_](int64_t i, auto w) {
+      constexpr int N = decltype(w)::value;
+      Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
+      if (affine) normed = normed * F32::load<N>(weight + i) + F32::load<N>(bias + i);
+      put<X, N>(y + i, normed * (X::template load<N>(scale + i) + 1.0f) + X::template load<N>(shift + i), streamed);
+    });
+  }
+
+  const NormModulate& a_;
+  int64_t n_;
+  Modulated m_;
+  float* row_;
+  bool streamed_ = false, streamed_r_ = false;
+};
+
 inline void norm_modulate(const NormModulate& a, int64_t begin, int64_t end, float* scratch) {
-  const int64_t n = a.channels;
-  Modulated m(a, scratch);
-  float* row = scratch + Modulated::scratch(n);
-  with_dtype(a.x.in.dtype, [&](auto type) {
-    using X = decltype(type);
-    const bool streamed = a.stream && can_stream<X>(a.y.data, n);
-    bool streamed_r = false;
-    with_dtype(a.r.dtype, [&](auto r) { streamed_r = a.stream && can_stream<decltype(r)>(a.r.data, n); });
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t b = index / a.tokens, s = index % a.tokens;
-      m.move_to(b, s);
-      const Stats stats = load_stats<X, true>(a, b, s, m.gate(), streamed_r, row);
-      auto* y = static_cast<typename X::Element*>(a.y.data) + index * n;
-      const float *multiply = m.multiply(), *add = m.add();
-      sweep(n, [&](int64_t i, auto w) {
-        constexpr int N = decltype(w)::value;
-        const Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
-        put<X, N>(y + i, normed * F32::load<N>(multiply + i) + F32::load<N>(add + i), streamed);
-      });
-    }
-  });
-  end_stream();
+  ModulateForward(a, scratch).run(begin, end);
 }
 
 }  // namespace hhattn::HHATTN_ISA

@@ -42,7 +42,7 @@ class ModulateBackward {
     for (int64_t index = begin_; index < end_; ++index) {
       const int64_t b = index / f_.tokens, s = index % f_.tokens;
       m_.move_to(b, s);
-      const Stats stats = load_stats<X, false>(f_, b, s, m_.gate(), false, row_);
+      const Stats stats = load_stats<X, false, F32>(f_, b, s, m_.gate(), false, row_);
       const float product = through_modulation<X>(b, s, stats);
       const NormGradient gradient = norm_gradient(stats.rstd, product, u_, n_, f_.layer);
       if (f_.residual.in.data) {

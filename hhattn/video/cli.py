@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn, track
 
+from hhattn._memory import keep_freed_memory
+
 from .evaluate import MARKS, measure, plot, prompts
 from .generate import DEMO_PROMPT, Pipeline, Request
 from .io import VideoWriter, check_encoder, check_writable, read_picture
@@ -65,6 +67,7 @@ def generate(
             parse(prompt, seed)
         check_encoder()
         check_writable(output)
+        keep_freed_memory()
         pipeline = Pipeline()
         words = pipeline.understand(request, picture)
     except (ValueError, FileNotFoundError) as e:
@@ -137,6 +140,7 @@ def evaluate(
         for path in (out, picture):
             if path is not None:
                 check_writable(path)
+        keep_freed_memory()
         pipeline = Pipeline(weights)
     except (ValueError, FileNotFoundError) as e:
         raise fail(e) from None

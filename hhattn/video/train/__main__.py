@@ -11,6 +11,8 @@ import torch
 import typer
 from safetensors.torch import load_file
 
+from hhattn._memory import keep_freed_memory
+
 from ..codec import Codec
 from ..model import VideoDiT
 from ..prior import MotionPrior
@@ -32,6 +34,7 @@ RUNS = Path("runs")
 def begin(threads: int) -> None:
     """Be polite to whatever else runs here."""
     os.nice(10)
+    keep_freed_memory()
     torch.set_num_threads(threads)
 
 
