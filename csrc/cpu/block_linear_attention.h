@@ -47,10 +47,9 @@ inline int64_t block_linear_scratch(const LinearMaps& m) {
 
 // Asks for rows that are copied soon: one head's lie far apart, where the hardware doesn't look ahead.
 inline void prefetch_rows(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim) {
-  const int64_t size = x.in.dtype == DType::f32 ? 4 : 2;
+  const int64_t size = size_of(x.in.dtype);
   for (int64_t s = begin; s < end; ++s) {
-    const char* row = static_cast<const char*>(x.in.data) + (b * x.batch + s * x.token + h * x.head) * size;
-    for (int64_t at = 0; at < dim * size; at += 64) __builtin_prefetch(row + at);
+    prefetch(static_cast<const char*>(x.in.data) + (b * x.batch + s * x.token + h * x.head) * size, dim * size);
   }
 }
 

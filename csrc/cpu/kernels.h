@@ -87,7 +87,7 @@ struct NormRope {
   Norm norm = Norm::none;
   bool across_heads = false, interleaved = true, stream = false;
   float eps = 0;
-  int64_t scratch() const { return 3 * heads * dim + 2 * dim; }
+  int64_t scratch() const { return 3 * heads * dim + 2 * heads + 2 * dim; }
 };
 
 // [B, S, H, D].

@@ -114,10 +114,11 @@ class ModulateForward {
       streamed_ = a_.stream && can_stream<X>(a_.y.data, n_);
       with_dtype(a_.r.dtype, [&](auto r) { streamed_r_ = a_.stream && can_stream<decltype(r)>(a_.r.data, n_); });
       for (int64_t index = begin; index < end; ++index) {
+        const int64_t next = std_min(index + 1, end - 1);
         if (direct) {
-          token<X>(index);
+          token<X>(index, next);
         } else {
-          token_of_many<X>(index);
+          token_of_many<X>(index, next);
         }
       }
     });
@@ -125,29 +126,51 @@ class ModulateForward {
   }
 
  private:
+  // Where the rows of token `index` begin; the residual's is x's where there is none.
+  struct Sources {
+    const char *x, *residual;
+    int64_t size, residual_size;
+    // While a row is written nothing is read: what the next one needs is asked for meanwhile.
+    void prefetch(int64_t i) const {
+      __builtin_prefetch(x + i * size);
+      __builtin_prefetch(residual + i * residual_size);
+    }
+  };
+  Sources sources(int64_t index) const {
+    const auto row = [&](const Rows& rows) {
+      const int64_t at = index / a_.tokens * rows.batch + index % a_.tokens * rows.token;
+      return static_cast<const char*>(rows.in.data) + at * size_of(rows.in.dtype);
+    };
+    const Rows& residual = a_.residual.in.data ? a_.residual : a_.x;
+    return {row(a_.x), row(residual), size_of(a_.x.in.dtype), size_of(residual.in.dtype)};
+  }
+
   template <class X>
-  void token_of_many(int64_t index) {
+  void token_of_many(int64_t index, int64_t next) {
     const int64_t b = index / a_.tokens, s = index % a_.tokens;
     m_.move_to(b, s);
     const Stats stats = load_stats<X, true, F32>(a_, b, s, m_.gate(), streamed_r_, row_);
     auto* y = static_cast<typename X::Element*>(a_.y.data) + index * n_;
-    sweep(n_, [=, row = row_, multiply = m_.multiply(), add = m_.add(), streamed = streamed_](int64_t i, auto w) {
+    sweep(n_, [=, row = row_, multiply = m_.multiply(), add = m_.add(), streamed = streamed_,
+               ahead = sources(next)](int64_t i, auto w) {
       constexpr int N = decltype(w)::value;
+      ahead.prefetch(i);
       const Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
       put<X, N>(y + i, normed * F32::load<N>(multiply + i) + F32::load<N>(add + i), streamed);
     });
   }
 
   template <class X>
-  void token(int64_t index) {
+  void token(int64_t index, int64_t next) {
     using Element = typename X::Element;
     const int64_t b = index / a_.tokens, s = index % a_.tokens;
     const auto own = [&](const Modulation& m) { return static_cast<const Element*>(m.in.data) + row_offset(m, b, s); };
     const Stats stats = load_stats<X, true, X>(a_, b, s, a_.residual.in.data ? own(a_.gate) : nullptr, streamed_r_, row_);
     auto* y = static_cast<Element*>(a_.y.data) + index * n_;
     sweep(n_, [=, row = row_, scale = own(a_.scale), shift = own(a_.shift), weight = m_.weight(), bias = m_.bias(),
-               affine = a_.weight.data || a_.bias.data, streamed = streamed_](int64_t i, auto w) {
+               affine = a_.weight.data || a_.bias.data, streamed = streamed_, ahead = sources(next)](int64_t i, auto w) {
       constexpr int N = decltype(w)::value;
+      ahead.prefetch(i);
       Vec<N> normed = (F32::load<N>(row + i) - stats.mean) * stats.rstd;
       if (affine) normed = normed * F32::load<N>(weight + i) + F32::load<N>(bias + i);
       put<X, N>(y + i, normed * (X::template load<N>(scale + i) + 1.0f) + X::template load<N>(shift + i), streamed);

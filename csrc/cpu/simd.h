@@ -187,6 +187,13 @@ inline void with_dtype(DType dtype, const F& f) {
   }
 }
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Asks for memory that is read soon.
+inline void prefetch(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(p) + at);
+}
+
 // The same number at compile time, passed to a lambda: how wide the vectors of this step are.
 template <int N>
 struct Width {
