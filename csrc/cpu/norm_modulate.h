@@ -5,6 +5,7 @@
 
 #include "norm.h"
 #include "stream.h"
+#include "tiles.h"
 
 namespace hhattn::HHATTN_ISA {
 
