@@ -308,14 +308,17 @@ PEAK_OF_A_CLIP = """
 import sys, torch, hhattn
 status = lambda: open("/proc/self/status")  # getrusage counts what the process that started this one holds
 peak = lambda: next(int(line.split()[1]) for line in status() if line.startswith("VmHWM")) // 1024
-layout = hhattn.VideoLayout(int(sys.argv[1]), 23, 40)
-mask = hhattn.masks.sliding_tile(layout, (3, 3, 3), order="tile")
-q, k, v = (torch.randn(1, layout.seq_len, 1, 32, requires_grad=True) for _ in range(3))
-before = peak()
-out = hhattn.block_sparse_attention(q, k, v, mask, order="raster")
-out.square().sum().backward()
-assert all(x.grad.isfinite().all() for x in (q, k, v))
-print(layout.seq_len, peak() - before)
+def run(frames):
+    layout = hhattn.VideoLayout(frames, 23, 40)
+    mask = hhattn.masks.sliding_tile(layout, (3, 3, 3), order="tile")
+    q, k, v = (torch.randn(1, layout.seq_len, 1, 32, requires_grad=True) for _ in range(3))
+    before = peak()
+    out = hhattn.block_sparse_attention(q, k, v, mask, order="raster")
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    return layout.seq_len, peak() - before
+run(1)  # code that is loaded at the first use
+print(*run(int(sys.argv[1])))
 """
 
 
