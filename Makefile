@@ -40,10 +40,12 @@ demo: $(VENV)/.video
 test: $(VENV)/.everything
 	$(BIN)/pytest
 	HHATTN_IMPL=reference $(BIN)/pytest -q
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -k triton
 
 test-all: $(VENV)/.everything
 	$(BIN)/pytest -m ''
 	HHATTN_IMPL=reference $(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest -k triton
 
 # The ops' tests on a library whose every access (asan), or every order between threads (tsan), is checked. The test of memory is
 # left out, since freed memory is held back; leaks are Python's and torch's own.

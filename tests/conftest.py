@@ -11,22 +11,36 @@ import torch
 from hypothesis import settings
 
 from hhattn import _ext
+from hhattn.ops import _triton
 
 settings.register_profile("hhattn", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("hhattn")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE_ISAS = [] if _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
+IMPLS = ["reference", "cpp", "triton"]
+
+
+def _runs_here(item: pytest.Item) -> bool:
+    """Whether this machine can run it: tests of a GPU, of an implementation or a dtype that it can't are left out,
+    instead of a page of skips."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        return False
+    params = getattr(item, "callspec", None) and item.callspec.params
+    if not params:
+        return True
+    if params.get("impl") == "cpp":
+        return bool(NATIVE_ISAS)
+    if params.get("impl") == "triton":  # on CPU tensors, that is
+        return _triton.interpreted() and _triton.why_not(torch.empty(0, dtype=params.get("dtype"))) is None
+    return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave GPU tests out where there is no GPU, instead of a page of skips."""
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    out = [item for item in items if not _runs_here(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NATIVE_ISAS
+from conftest import IMPLS, NATIVE_ISAS
 from helpers import assert_close_to_fp64, randn, strided
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,6 @@ import hhattn
 from hhattn.reference.norm_modulate import norm_modulate as reference
 
 needs_native = pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
-IMPLS = ["reference", pytest.param("cpp", marks=needs_native)]
 FP32 = torch.float32
 ORDER = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
 
@@ -138,14 +137,15 @@ def test_modulation_of_each_token(isa: str, left_out: tuple[str, ...], norm: str
     check({n: t for n, t in args.items() if n not in left_out}, "cpp", norm)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_mixed_dtypes(impl: str) -> None:
+def test_mixed_dtypes(impl: str, dtype: torch.dtype) -> None:
     """A bf16 branch on an fp32 stream with an fp16 modulation, as under autocast. y has x's dtype, r the residual's."""
-    args = arguments(dtype=torch.bfloat16)
+    args = arguments(dtype=dtype)
     args |= {"residual": args["residual"].float(), "scale": args["scale"].half(), "gate": args["gate"].float()}
     check(args, impl)
     y, r = hhattn.norm_modulate(**args, impl=impl)
-    assert (y.dtype, r.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, r.dtype) == (dtype, torch.float32)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hhattn import _dispatch, _ext
-from hhattn.ops import _check
+from hhattn.ops import _check, _triton
 from hhattn.ops._second import differentiable_gradient
 from hhattn.reference.norm_modulate import norm_modulate as _reference
 
@@ -106,32 +107,41 @@ def _validate(
 _dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
-def _cpp_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:
-    if (reason := _ext.why_missing()) or x is None:
-        return reason
-    if x.device.type != "cpu":
-        return f"x is on {x.device}; cpp runs on the CPU"
-    names = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
-    for name, value in zip(names, (x, *rest), strict=False):
+TENSORS = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
+MAX_CHANNELS = 16384  # of the Triton kernels, which hold a row in registers
+
+
+def _not_contiguous(*args: Tensor | str | float | None) -> str | None:
+    for name, value in zip(TENSORS, args, strict=False):
         if isinstance(value, Tensor) and value.shape[-1] > 1 and value.stride(-1) != 1:
             return f"the last dim of {name} is not contiguous (stride {value.stride(-1)})"
     return None
 
 
-@_dispatch.register(OP, "cpp", _cpp_can_run)
-def _cpp(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    norm: str,
-    eps: float,
-) -> Tensor | tuple[Tensor, Tensor]:
-    y, r = torch.ops.hhattn.norm_modulate(x, scale, shift, weight, bias, residual, gate, norm == "layer", eps)
-    return y if residual is None else (y, r)
+def _cpp_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:
+    if (reason := _ext.why_missing()) or x is None:
+        return reason
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; cpp runs on the CPU"
+    return _not_contiguous(x, *rest)
+
+
+def _triton_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:
+    if (reason := _triton.why_not(x)) or x is None:
+        return reason
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"x has {x.shape[-1]} channels; triton holds a row in registers, up to {MAX_CHANNELS}"
+    return _not_contiguous(x, *rest)
+
+
+def _call(namespace: str, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
+    *tensors, norm, eps = args
+    y, r = getattr(torch.ops, namespace).norm_modulate(*tensors, norm == "layer", eps)
+    return y if tensors[5] is None else (y, r)
+
+
+_dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
+_dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
 
 
 def _fake(
@@ -172,7 +182,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(namespace: str, ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
     """The formula's gradient, from the inputs alone: nothing of the forward's size is kept."""
     tensors = ctx.saved_tensors
     x, residual = tensors[0], tensors[5]
@@ -183,11 +193,21 @@ def _backward(ctx: Any, dy: Tensor | None, dr: Tensor | None) -> tuple[Tensor | 
     dy = torch.zeros_like(x) if dy is None else dy
     # a sum's gradient is one number, expanded
     dy, dr = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dy, dr))
-    grads = torch.ops.hhattn.norm_modulate_backward(dy, dr, *tensors, ctx.layer, ctx.eps)
+    grads = getattr(torch.ops, namespace).norm_modulate_backward(dy, dr, *tensors, ctx.layer, ctx.eps)
     return (*(None if t is None else grad for t, grad in zip(tensors, grads, strict=True)), None, None)
 
 
+_ARGS = "Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate"
+_triton.define(OP, OP, f"({_ARGS}, bool layer, float eps) -> (Tensor, Tensor)", _fake)
+_triton.define(
+    OP,
+    f"{OP}_backward",
+    f"(Tensor dy, Tensor? dr, {_ARGS}, bool layer, float eps) -> ({', '.join(['Tensor'] * 7)})",
+    _fake_backward,
+)
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::norm_modulate", _fake)
     torch.library.register_fake("hhattn::norm_modulate_backward", _fake_backward)
-    torch.library.register_autograd("hhattn::norm_modulate", _backward, setup_context=_setup)
+for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :]:
+    _rule = partial(_backward, _namespace)
+    torch.library.register_autograd(f"{_namespace}::norm_modulate", _rule, setup_context=_setup)
