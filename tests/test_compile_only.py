@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from compile_only import ARCHS, SHARED_KIB, Launch, launches
 
-from hhattn.kernels import norm_modulate
+from hhattn.kernels import norm_modulate, qk_norm_rope
 from hhattn.ops import _triton
 
 pytestmark = pytest.mark.skipif(_triton.interpreted(), reason="interpreted kernels aren't compiled")
@@ -35,6 +35,25 @@ def norm_launches(
     )
 
 
+def rope_launches(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    across: bool,
+    dtype: torch.dtype,
+    rotate: str = "interleaved",
+    tiles: bool = False,
+) -> list[Launch]:
+    """Forward and backward of q; those of k are the same with its own number of heads."""
+    x, angles = meta(batch, tokens, heads, dim, dtype=dtype), meta(1, tokens, 1, dim, dtype=FP32)
+    weight = meta(heads * dim if across else dim, dtype=dtype)
+    order = meta(tokens, dtype=torch.int64) if tiles else None
+    args = (x, x, angles, angles, weight, weight, None, None, 1, across, rotate == "interleaved", 1e-6, 0, order)
+    forward = launches(lambda: qk_norm_rope.qk_norm_rope(*args))
+    return [forward[0], launches(lambda: qk_norm_rope.qk_norm_rope_backward(x, x, *args, False))[0]]
+
+
 MODELS = {"bundled": 160, "Wan 1.3B": 1536, "SANA-Video 2B": 2240, "HunyuanVideo": 3072, "Wan 14B": 5120}
 
 
@@ -54,7 +73,35 @@ def test_norm_modulate(model: str, dtype: torch.dtype, arch: int) -> None:
         assert compiled.spills <= (100 if launch.name == "_backward" and MODELS[model] > 4096 else 0)
 
 
+HEADS = {  # heads, head dim, one norm over all heads
+    "bundled": (5, 32, False),
+    "Wan 1.3B": (12, 128, True),
+    "SANA-Video 2B": (20, 112, True),
+    "HunyuanVideo": (24, 128, False),
+    "Wan 14B": (40, 128, True),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("rotate", ["interleaved", "half"])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("model", HEADS)
+def test_qk_norm_rope(model: str, dtype: torch.dtype, rotate: str, arch: int) -> None:
+    for launch in rope_launches(1, 9680, *HEADS[model], dtype, rotate):
+        compiled = launch.compile(arch)
+        assert compiled.usage["SHARED"] <= SHARED_KIB[arch] * 1024
+        assert set(compiled.accesses("st")) == {16}, compiled.accesses("st")
+        # a row of angles serves all heads: a block of threads shares it out in small pieces
+        assert set(compiled.accesses("ld")) <= {16, 4}, compiled.accesses("ld")
+        assert max(compiled.accesses("ld")) == 16
+        if launch.name == "_forward":
+            assert compiled.usage["REG"] <= 64
+        # at 8,192 channels two sums beside a token are a little more than 512 threads can hold
+        assert compiled.spills <= (32 if launch.name == "_backward" and model == "Wan 14B" else 0)
+
+
 def test_lengths_compile_nothing_anew() -> None:
     clips = [(1, 9680, 11), (1, 9681, 1), (2, 220_800, 60), (3, 1, 1), (1, 17, 17), (1, 3_000_017, 1)]
-    keys = {launch.key() for b, s, rows in clips for launch in norm_launches(b, s, 1536, rows, BF16, affine=True)}
-    assert len(keys) == 2, "the forward and the backward"
+    norm = {launch.key() for b, s, rows in clips for launch in norm_launches(b, s, 1536, rows, BF16, affine=True)}
+    rope = {launch.key() for b, s, _ in clips for launch in rope_launches(b, s, 12, 128, True, BF16, tiles=True)}
+    assert len(norm) == len(rope) == 2, "the forward and the backward"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NATIVE_ISAS
+from conftest import IMPLS, NATIVE_ISAS
 from helpers import assert_close_to_fp64, randn, strided
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +17,6 @@ import hhattn
 from hhattn.reference.qk_norm_rope import qk_norm_rope as reference
 
 needs_native = pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
-IMPLS = ["reference", pytest.param("cpp", marks=needs_native)]
 FP32 = torch.float32
 TENSORS = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
 

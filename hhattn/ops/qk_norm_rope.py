@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn.layout import VideoLayout
-from hhattn.ops import _check
+from hhattn.ops import _check, _triton
 from hhattn.ops._second import differentiable_gradient
 from hhattn.ops.rope_3d import ROTATIONS
 from hhattn.reference.qk_norm_rope import qk_norm_rope as _reference
@@ -167,40 +168,45 @@ def _tables(
 _dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
-def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
-    if (reason := _ext.why_missing()) or q is None:
-        return reason
-    if q.device.type != "cpu":
-        return f"q is on {q.device}; cpp runs on the CPU"
-    names = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
-    for name, value in zip(names, (q, *rest), strict=False):
+TENSORS = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
+MAX_CHANNELS = 16384  # of the Triton kernels, which hold what shares a norm in registers
+
+
+def _not_contiguous(*args: Any) -> str | None:
+    for name, value in zip(TENSORS, args, strict=False):
         if value is not None and value.shape[-1] > 1 and value.stride(-1) != 1:
             return f"the last dim of {name} is not contiguous (stride {value.stride(-1)})"
     return None
 
 
-@_dispatch.register(OP, "cpp", _cpp_can_run)
-def _cpp(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    norm: str | None,
-    across_heads: bool,
-    rotate: str,
-    eps: float,
-    text_len: int,
-    text_first: bool,
-    order: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    affine = (q_weight, k_weight, q_bias, k_bias)
+def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    if (reason := _ext.why_missing()) or q is None:
+        return reason
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; cpp runs on the CPU"
+    return _not_contiguous(q, *rest)
+
+
+def _triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    if (reason := _triton.why_not(q)) or q is None:
+        return reason
+    if q.shape[2] * q.shape[3] > MAX_CHANNELS:
+        return (
+            f"q has {q.shape[2]} heads of {q.shape[3]} channels; triton holds a token in registers, up to "
+            f"{MAX_CHANNELS} channels"
+        )
+    return _not_contiguous(q, *rest)
+
+
+def _call(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, norm, across_heads, rotate, eps, text_len, text_first, order = args
     how = (NORMS.index(norm), across_heads, rotate == "interleaved", eps)
     start = text_len if text_first else 0
-    return torch.ops.hhattn.qk_norm_rope(q, k, cos, sin, *affine, *how, start, order)
+    return getattr(torch.ops, namespace).qk_norm_rope(*tensors, *how, start, order)
+
+
+_dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
+_dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
 
 
 def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -239,7 +245,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(*tensors, order)
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(namespace: str, ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     """The formula's gradient, from the inputs alone: rotate back by the same angles, then the gradient of the norm."""
     *tensors, order = ctx.saved_tensors
     if torch.is_grad_enabled():
@@ -247,7 +253,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, 
     # a sum's gradient is one number, expanded
     grads = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
     tables = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    found = torch.ops.hhattn.qk_norm_rope_backward(*grads, *tensors, *ctx.how, order, tables)
+    found = getattr(torch.ops, namespace).qk_norm_rope_backward(*grads, *tensors, *ctx.how, order, tables)
     missing = (None,) * (len(ctx.how) + 1)
     present = (t is not None and (tables or i not in (2, 3)) for i, t in enumerate(tensors))
     return (*(grad if there else None for grad, there in zip(found, present, strict=True)), *missing)
@@ -265,7 +271,20 @@ def _differentiable_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[
     return tuple(differentiable_gradient(reference, args, ctx.needs_input_grad, (grad_q, grad_k)))
 
 
+_ARGS = (
+    "Tensor q, Tensor k, Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
+    "int norm, bool across_heads, bool interleaved, float eps, int start, Tensor? order"
+)
+_triton.define(OP, OP, f"({_ARGS}) -> (Tensor, Tensor)", _fake)
+_triton.define(
+    OP,
+    f"{OP}_backward",
+    f"(Tensor grad_q, Tensor grad_k, {_ARGS}, bool tables) -> ({', '.join(['Tensor'] * 8)})",
+    _fake_backward,
+)
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::qk_norm_rope", _fake)
     torch.library.register_fake("hhattn::qk_norm_rope_backward", _fake_backward)
-    torch.library.register_autograd("hhattn::qk_norm_rope", _backward, setup_context=_setup)
+for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :]:
+    _rule = partial(_backward, _namespace)
+    torch.library.register_autograd(f"{_namespace}::qk_norm_rope", _rule, setup_context=_setup)
