@@ -61,7 +61,7 @@ asan: $(VENV)/.everything
 
 tsan: $(VENV)/.everything
 	HHATTN_NATIVE=1 HHATTN_SANITIZE=thread $(SANITIZED)
-	TSAN_OPTIONS='exitcode=66 suppressions=tests/tsan.supp log_path=build/tsan/races' setarch -R $(CHECKED)
+	TSAN_OPTIONS='exitcode=66 suppressions=tests/tsan.supp log_path=build/tsan/races' setarch -R env $(CHECKED)
 
 bench: $(VENV)/.everything
 	$(BIN)/python benchmarks/run.py
