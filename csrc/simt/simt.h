@@ -112,8 +112,8 @@ void wgmma_touch(const void *reg, Site = Site::here());
 // ---- reports and counters, for ptx.h and clients
 void report(Site, const char *kind, const char *format, ...) __attribute__((format(printf, 3, 4)));
 [[noreturn]] void stop();         // ends the launch; only on a kernel's thread
-// One warp's request to shared memory, for the bank counter: `bytes` at address[lane] for the lanes in mask.
-void shared_request(Site, const uint32_t *address, uint32_t mask, unsigned bytes, bool write);
+// A whole warp reads shared memory at once (ldmatrix): `bytes` at address[lane] for the lanes in mask. Checks and counts.
+void warp_read(Site, const uint32_t *address, uint32_t mask, unsigned bytes);
 
 }  // namespace simt
 

@@ -1,0 +1,240 @@
+// The emulated machine: what the runtime's files share. Kernels never see this.
+//
+// A launch has resident blocks; a block has warps and fibers (threads). Order between accesses is decided by vector clocks, one
+// entry a warp: an access by thread t at clock k of its warp happened before what warp w does now if k <= w.seen[warp of t].
+#pragma once
+#include <array>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt {
+
+constexpr unsigned WARP = 32, MAX_WARPS = 32, MAX_THREADS = 1024;
+constexpr size_t DYNAMIC_BYTES = 256 << 10, STATIC_BYTES = 64 << 10;
+constexpr size_t DYNAMIC_CELLS = DYNAMIC_BYTES / 4, SHARED_CELLS = DYNAMIC_CELLS + STATIC_BYTES / 4;
+constexpr size_t STACK_BYTES = 256 << 10;
+constexpr uint8_t POISON = 0xff;
+
+using Clocks = std::array<uint32_t, MAX_WARPS>;
+
+inline void join(Clocks &into, const Clocks &from) {
+  for (unsigned i = 0; i < MAX_WARPS; i++) into[i] = into[i] > from[i] ? into[i] : from[i];
+}
+
+// ---- asynchronous work of a thread or warp
+struct Copy {  // global -> shared in flight; src_bytes are copied, the rest is zero
+  uint32_t dst;
+  const void *src;
+  unsigned bytes, src_bytes;
+};
+struct Store {  // shared -> global in flight
+  void *dst;
+  uint32_t src;
+  unsigned bytes;
+};
+template <class T>
+struct Groups {  // what was issued and not committed, and committed groups, oldest first
+  std::vector<T> open;
+  std::deque<std::vector<T>> committed;
+  bool empty() const { return open.empty() && committed.empty(); }
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void clear() {
+    open.clear();
+    committed.clear();
+  }
+};
+
+struct Accumulator {  // one lane's D while wgmmas into it are in flight
+  std::vector<uint32_t *> registers;
+  std::vector<float> values;
+  unsigned users = 0;  // groups in flight that write it
+};
+struct WgmmaGroup {
+  std::vector<std::pair<unsigned, uint32_t *>> accumulators;  // lane, first register
+  std::vector<uint32_t> operands;                             // cells held: nobody may write them
+};
+
+// ---- threads
+enum class State : uint8_t { ready, in_collective, at_barrier, done };
+
+struct Fiber {
+  void *sp = nullptr;
+  char *stack = nullptr;
+  Thread thread;
+  unsigned index = 0;  // in the block
+  State state = State::ready;
+  const char *waits_for = "";
+  Site at{};
+  Groups<Copy> copies;
+  Groups<Store> stores;
+};
+
+struct Warp {
+  uint32_t live = 0, ready = 0, arrived = 0;  // masks of lanes; arrived: waiting in a collective
+  unsigned last = 0;                          // lane that ran last
+  struct Arrival {
+    Collective fn;
+    uint32_t mask;
+    void *arg;
+    const char *name;
+    bool orders;
+  } arrivals[WARP];
+  uint32_t clock = 1;
+  Clocks seen{}, fenced{};  // fenced: generic writes up to there have passed a proxy fence
+  std::map<std::pair<unsigned, uint32_t *>, Accumulator> accumulators;
+  WgmmaGroup open;
+  std::deque<WgmmaGroup> committed;
+  bool wgmma_fenced = false;
+};
+
+struct Barrier {
+  std::vector<unsigned> waiting;  // threads
+  unsigned arrived = 0, count = 0;
+  Clocks seen{}, fenced{};
+};
+
+struct MBarrier {
+  unsigned count = 0, pending = 0;
+  long tx = 0;
+  unsigned phase = 0;
+  unsigned writer = 0;  // thread and clock of its initialisation
+  uint32_t clock = 0;
+  Clocks seen{}, fenced{};
+  std::vector<Copy> flying, landing;  // bulk copies whose bytes haven't been counted yet; those that have
+};
+
+// ---- shared memory's shadow, a cell for each 4 bytes. Masks have a bit a byte.
+struct Cell {
+  uint32_t clock;            // of the last write
+  uint16_t writer;           // its thread
+  uint8_t init : 4, wrote : 4;  // bytes ever written; bytes of the last write
+  uint8_t pending;           // asynchronous copies in flight into it
+  uint16_t held;             // wgmma reads in flight
+  uint8_t atomic, async;     // the last write was atomic; came through the async proxy
+};
+
+struct Block {
+  Dim3 id;
+  unsigned linear = 0;
+  uint32_t serial = 0;  // of all blocks that ever ran
+  unsigned live = 0, next_warp = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  std::map<uint32_t, MBarrier> mbarriers;
+  char *shared = nullptr;               // the dynamic arena, DYNAMIC_BYTES and a guard
+  std::unique_ptr<Cell[]> cells;
+  std::vector<uint32_t> reads;          // [cell][warp]: clock << 10 | lane (32: several) << 4 | bytes
+};
+
+// ---- global memory
+struct GlobalCell {
+  uint32_t write_block, write_clock, read_block, read_clock;  // blocks by serial
+  uint16_t writer, reader;
+  uint8_t init : 4, wrote : 4, read : 4, several : 4;         // several: blocks have read it
+  uint8_t atomic;
+};
+struct Tensor {
+  char *begin, *end;
+  std::string name;
+  int access;
+  GlobalCell *cells;  // null for read-only tensors
+};
+
+// ---- what is observed
+struct Report {
+  std::string kind, message, kernel, file;
+  uintptr_t line;  // or a program counter when file is empty
+  Dim3 block;
+  int thread;  // -1: no thread's
+  long count;
+};
+struct Counter {  // of one instruction: requests of warps, the passes or sectors they took, the fewest possible
+  long requests = 0, lanes = 0, cost = 0, minimum = 0;
+};
+struct CounterKey {
+  std::string kernel;
+  Site site;
+  unsigned bytes;
+  bool global, write;
+  auto tie() const { return std::make_tuple(kernel, site.file, site.line, bytes, global, write); }
+  bool operator<(const CounterKey &other) const { return tie() < other.tie(); }
+};
+
+struct Options {
+  uint64_t seed = 0;
+  bool checks = true, counters = false;
+  unsigned resident = 1;
+};
+
+struct Machine {
+  Options options;
+  uint64_t random = 1;
+  // the launch
+  const char *kernel = "";
+  Dim3 grid, block_dim;
+  unsigned threads = 0, warps = 0;
+  size_t shared_bytes = 0, static_bytes = 0;
+  char *static_shared = nullptr;
+  const char *host_stack = nullptr;
+  bool stopped = false;
+  uint32_t first_serial = 1, serial = 1;
+  std::vector<unsigned> serials;  // linear index of each block of the launch, by serial
+  std::vector<std::unique_ptr<Block>> resident, idle;
+  unsigned long waited = 0;  // yields since something moved
+  Body body = nullptr;
+  const void *params = nullptr;
+  void *host_sp = nullptr;
+  // who runs
+  Block *block = nullptr;
+  Fiber *fiber = nullptr;
+  Warp *warp = nullptr;
+  bool as_warp = false;  // the access is the whole warp's, no single lane's
+
+  std::vector<Tensor> tensors;
+  Tensor *last_tensor = nullptr;
+  std::vector<Report> reports;
+  std::map<CounterKey, Counter> counters;
+  std::vector<std::pair<const char *, const char *>> image;  // the kernel's library: its constants may be read
+};
+extern Machine machine;
+
+inline unsigned warp_of(unsigned thread) { return thread / WARP; }
+// Did what `thread` did at `clock` happen before what the running thread does now?
+inline bool ordered(unsigned thread, uint32_t clock) {
+  return thread == machine.fiber->index || clock <= machine.warp->seen[warp_of(thread)];
+}
+
+// launch.cpp
+uint32_t draw(uint32_t below);
+void leave();  // the running fiber gives way: to a ready lane of its warp, or to the scheduler
+void progress();
+// sync.cpp
+void complete_waiting();  // after a thread ended: what waited for it alone goes on
+void describe_deadlock();
+// memory.cpp
+enum class Access : uint8_t { read, write, atomic, copy };  // copy: the write of an asynchronous copy, that lands later
+void access(const void *p, size_t bytes, Access, Site, size_t align, const void *value = nullptr);
+size_t cell_of(uint32_t address);
+void begin_memory(Block &);
+void check_proxy(uint32_t address, size_t bytes, Site);  // before the async proxy reads
+// async.cpp
+void end_async(Fiber &);
+bool wgmma_register(const void *p);  // is it a register that a wgmma in flight writes?
+// counters.cpp
+void trace(Site, const void *p, unsigned bytes, bool global, bool write);
+void count_shared(Site, const uint32_t *address, uint32_t mask, unsigned bytes, bool write);
+void flush_trace(Warp &);
+void forget_trace();
+
+}  // namespace simt
