@@ -1,4 +1,4 @@
-# setup demo test test-all asan tsan bench gpu lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
+# setup demo test test-all asan tsan bench gpu kernel-report lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -12,7 +12,7 @@ ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
 endif
 endif
 
-.PHONY: setup demo test test-all asan tsan bench gpu lint clean
+.PHONY: setup demo test test-all asan tsan bench gpu kernel-report lint clean
 
 setup: $(VENV)/.everything
 
@@ -67,13 +67,13 @@ tsan: $(VENV)/.everything
 bench: $(VENV)/.everything
 	$(BIN)/python benchmarks/run.py
 
-# The same tests and benchmarks on a CUDA GPU.
+# The measured rooflines, the tests and the benchmarks on a CUDA GPU; where there is none, a line that says so.
 gpu: $(VENV)/.everything
-	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit( \
-	  f'make gpu: no CUDA GPU here (torch {torch.__version__}, built for CUDA {torch.version.cuda}); nothing was run. ' \
-	  'On a GPU machine: make gpu TORCH=torch')"
-	$(BIN)/pytest -m gpu
-	$(BIN)/python benchmarks/run.py --device cuda
+	@$(BIN)/python benchmarks/gpu.py
+
+# docs/kernels.md: every Triton kernel compiled for A100, H100 and B200, and what a model predicts for it. Needs no GPU.
+kernel-report: $(VENV)/.everything
+	$(BIN)/python benchmarks/kernel_report.py
 
 lint: $(VENV)/.everything
 	$(BIN)/ruff check .

@@ -64,7 +64,7 @@ def test_norm_modulate(model: str, dtype: torch.dtype, arch: int) -> None:
     for launch in norm_launches(1, 9680, MODELS[model], 11, dtype):
         compiled = launch.compile(arch)
         usage, wide = compiled.usage, {16}
-        assert usage["SHARED"] <= SHARED_KIB[arch] * 1024
+        assert compiled.shared <= SHARED_KIB[arch] * 1024
         assert set(compiled.accesses("ld")) == wide, f"{launch.name}: loads by their bytes: {compiled.accesses('ld')}"
         assert set(compiled.accesses("st")) == wide, f"{launch.name}: stores by their bytes: {compiled.accesses('st')}"
         if launch.name == "_forward":
@@ -89,7 +89,7 @@ HEADS = {  # heads, head dim, one norm over all heads
 def test_qk_norm_rope(model: str, dtype: torch.dtype, rotate: str, arch: int) -> None:
     for launch in rope_launches(1, 9680, *HEADS[model], dtype, rotate):
         compiled = launch.compile(arch)
-        assert compiled.usage["SHARED"] <= SHARED_KIB[arch] * 1024
+        assert compiled.shared <= SHARED_KIB[arch] * 1024
         assert set(compiled.accesses("st")) == {16}, compiled.accesses("st")
         # a row of angles serves all heads: a block of threads shares it out in small pieces
         assert set(compiled.accesses("ld")) <= {16, 4}, compiled.accesses("ld")
