@@ -37,15 +37,18 @@ demo: $(VENV)/.video
 	@mkdir -p out
 	$(BIN)/hhattn generate -o out/demo.mp4
 
+# A test runs on one thread: as many at a time as there are cores, four at most.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.everything
-	$(BIN)/pytest
-	HHATTN_IMPL=reference $(BIN)/pytest -q
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -k triton
+	$(PYTEST)
+	HHATTN_IMPL=reference $(PYTEST) -q
+	TRITON_INTERPRET=1 $(PYTEST) -q -k triton
 
 test-all: $(VENV)/.everything
-	$(BIN)/pytest -m ''
-	HHATTN_IMPL=reference $(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest -k triton
+	$(PYTEST) -m ''
+	HHATTN_IMPL=reference $(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -k triton
 
 # The ops' tests on a library whose every access (asan), or every order between threads (tsan), is checked. The test of memory is
 # left out, since freed memory is held back; leaks are Python's and torch's own.
