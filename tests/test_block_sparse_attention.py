@@ -6,10 +6,12 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IMPLS
 from helpers import assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,13 @@ from hhattn import BlockMask, _ext, masks
 
 needs_native = pytest.mark.skipif(_ext.why_missing() is not None, reason=_ext.why_missing() or "")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["automatic", "triton"])
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The implementation that is chosen for CPU tensors, or Triton's kernels in the interpreter."""
+    with hhattn.use_impl(None if request.param == "automatic" else request.param):
+        yield request.param
 
 
 def dense_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -59,6 +68,7 @@ def compare_with_formula(keep: Tensor, block_size: tuple[int, int], inputs: list
         assert_close_to_fp64(ours, expected, baseline, factor=2 if i < 2 else 3, ulps=8, name=part)
 
 
+@pytest.mark.usefixtures("impl", "poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("b", "sq", "sk", "h", "h_kv", "d", "dv"),
@@ -90,6 +100,23 @@ def test_every_instruction_set(dtype: torch.dtype, block_size: tuple[int, int], 
     compare_with_formula(keep, block_size, inputs, empty=True)
 
 
+@pytest.mark.usefixtures("impl", "poisoned_empty")
+@pytest.mark.parametrize(
+    ("block_size", "tokens"), [((64, 128), (70, 150)), ((24, 40), (50, 47)), ((7, 5), (12, 13))], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_any_size(block_size: tuple[int, int], tokens: tuple[int, int], dtype: torch.dtype) -> None:
+    """Full and partial blocks, some cut into tiles that don't divide them; a mask for each batch entry and head, heads
+    that share keys, rows that attend nothing, strided inputs."""
+    keep = random_keep(2, 2, *tokens, share=0.4)
+    keep[:, :, : block_size[0], : block_size[1]] = True
+    keep[:, 1, tokens[0] // 2 :] = keep[:, 1, tokens[0] // 2 :, :1]
+    shapes = [(2, tokens[0], 2, 12), (2, tokens[1], 1, 12), (2, tokens[1], 1, 20)]
+    inputs = [strided(randn(*shape, dtype=dtype, seed=i)) for i, shape in enumerate(shapes)]
+    compare_with_formula(keep, block_size, inputs, empty=True)
+
+
+@pytest.mark.usefixtures("impl")
 def test_equals_sdpa_with_a_dense_mask() -> None:
     q, k, v = (randn(2, 90, 3, 32, seed=i) for i in range(3))
     mask = BlockMask.from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=(64, 64), q_len=90, k_len=90)
@@ -111,6 +138,7 @@ def test_gradcheck_with_lse() -> None:
     assert torch.autograd.gradcheck(f, leaves)
 
 
+@pytest.mark.usefixtures("impl")
 def test_empty_rows_give_zero_minus_infinity_and_no_gradient() -> None:
     keep = random_keep(1, 1, 40, 40)
     keep[..., 7, :] = False
@@ -126,6 +154,7 @@ def test_empty_rows_give_zero_minus_infinity_and_no_gradient() -> None:
     assert all(g.isfinite().all() for g in (dq, dk, dv))
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_what_stands_at_masked_positions_does_not_matter(poison: float) -> None:
     keep = random_keep(1, 1, 50, 60, share=0.6)
@@ -142,6 +171,7 @@ def test_what_stands_at_masked_positions_does_not_matter(poison: float) -> None:
         torch.testing.assert_close(b, a)
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_what_one_query_must_not_see_another_may(poison: float) -> None:
     """A poisoned value or upstream gradient reaches whatever attends it and leaves the others of its block alone."""
@@ -255,7 +285,7 @@ def test_derivatives_without_a_rule_are_refused() -> None:
     assert torch.func.vmap(run)(torch.stack((q, 2 * q))).shape == (2,)
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("cpp", marks=needs_native)])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl: str) -> None:
     mask = BlockMask.from_dense(random_keep(1, 1, 20, 24), block_size=(8, 8))
     q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((20, 24, 24)))
@@ -263,7 +293,8 @@ def test_opcheck(impl: str) -> None:
     lists = [getattr(mask, name) for name in names]
     hhattn.block_sparse_attention(q, k, v, mask)  # registers the operators
     name = "block_sparse_attention" + ("_reference" if impl == "reference" else "")
-    forward, backward = (getattr(torch.ops.hhattn, name + end).default for end in ("", "_backward"))
+    operators = torch.ops.hhattn_triton if impl == "triton" else torch.ops.hhattn
+    forward, backward = (getattr(operators, name + end).default for end in ("", "_backward"))
     torch.library.opcheck(forward, (q, k, v, *lists, 8, 0.3))
     out, lse = forward(q, k, v, *lists, 8, 0.3)
     tensors = [x.detach() for x in (randn(1, 20, 2, 8), randn(1, 2, 20), q, k, v, out, lse)]
@@ -293,7 +324,7 @@ def test_any_shape_and_mask(sq: int, sk: int, bq: int, bk: int, share: float, se
     [
         ({"q": torch.zeros(1, 8, 3, 4)}, "heads"),
         ({"k": torch.zeros(1, 9, 2, 4)}, "k"),
-        ({"impl": "triton"}, "triton"),
+        ({"impl": "cuda"}, "cuda"),
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "BlockMask"),
     ],
 )

@@ -187,8 +187,8 @@ class BlockMask:
     def q_lists(self) -> QLists:
         """The blocks by key block, derived on the mask's device at the first call, without a host sync."""
         if self._q_lists is None:
-            offsets, indices, tiles = _by_column(self.kv_num_blocks, self.kv_indices, self.num_blocks[1], self.kv_tiles)
-            full_offsets, full_indices, _ = _by_column(
+            offsets, indices, tiles = by_column(self.kv_num_blocks, self.kv_indices, self.num_blocks[1], self.kv_tiles)
+            full_offsets, full_indices, _ = by_column(
                 self.full_kv_num_blocks, self.full_kv_indices, self.num_blocks[1], self.full_kv_indices
             )
             self._q_lists = QLists(offsets, indices, tiles, full_offsets, full_indices)
@@ -372,7 +372,7 @@ def _check_bool(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted are four dims [B|1, H|1, queries, keys]")
 
 
-def _by_column(counts: Tensor, columns: Tensor, nk: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def by_column(counts: Tensor, columns: Tensor, nk: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row lists [Bm, Hm, nq, width] to column lists (offsets, rows, values), by a stable sort of their entries."""
     width = columns.shape[-1]
     beyond = torch.arange(width, device=columns.device) >= counts[..., None]

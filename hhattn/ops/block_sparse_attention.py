@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from hhattn import _dispatch, _ext
 from hhattn.layout import Order, check_order
 from hhattn.masks.block_mask import BlockMask
-from hhattn.ops import _amp
+from hhattn.ops import _amp, _triton
 from hhattn.reference import block_sparse_attention as _reference
 from hhattn.reference.block_sparse_attention import Lists
 
@@ -177,23 +178,39 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*tensors, *output)
 
 
-def _complete(name: str) -> None:
-    """Fakes and gradient of the operator ``hhattn::name``, whose gradient is ``hhattn::name_backward``."""
+def _complete(name: str, namespace: str = "hhattn") -> None:
+    """Fakes, unless there are any, and gradient of the operator ``namespace::name``, whose gradient is
+    ``namespace::name_backward``."""
 
     def gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *lists, out, lse = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
-        backward = getattr(torch.ops.hhattn, f"{name}_backward")
+        backward = getattr(getattr(torch.ops, namespace), f"{name}_backward")
         return (*backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale), *(None for _ in lists), None, None)
 
-    torch.library.register_fake(f"hhattn::{name}", _fake_forward)
-    torch.library.register_fake(f"hhattn::{name}_backward", _fake_backward)
-    torch.library.register_autograd(f"hhattn::{name}", gradients, setup_context=_save)
+    if namespace == "hhattn":
+        torch.library.register_fake(f"{namespace}::{name}", _fake_forward)
+        torch.library.register_fake(f"{namespace}::{name}_backward", _fake_backward)
+    torch.library.register_autograd(f"{namespace}::{name}", gradients, setup_context=_save)
 
+
+_MASK_ARGS = (
+    "Tensor kv_num_blocks, Tensor kv_indices, Tensor kv_tiles, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
+    "Tensor tiles, int bk, float scale"
+)
+_triton.define(OP, OP, f"(Tensor q, Tensor k, Tensor v, {_MASK_ARGS}) -> (Tensor, Tensor)", _fake_forward)
+_triton.define(
+    OP,
+    f"{OP}_backward",
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK_ARGS}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
 
 _complete("block_sparse_attention_reference")
+_complete(OP, _triton.NAMESPACE)
 if _ext.why_missing() is None:
-    _complete("block_sparse_attention")
+    _complete(OP)
 
 
 def _lists(mask: BlockMask) -> tuple[Tensor, ...]:
@@ -206,19 +223,34 @@ def _run_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
     return _forward(q, k, v, *_lists(mask), mask.block_size[1], scale)
 
 
+def _not_taken(name: str, q: Tensor, *rest: Any) -> str | None:
+    """Why the kernels of ``name`` can't take these tensors."""
+    if q.dtype == torch.float64:
+        return f"q is float64; {name} takes float32, float16 and bfloat16"
+    for argument, x in zip(("q", "k", "v"), (q, *rest), strict=False):
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            return f"the last dim of {argument} is not contiguous (stride {x.stride(3)})"
+    return None
+
+
 def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
     if (reason := _ext.why_missing()) or q is None:
         return reason
     if q.device.type != "cpu":
         return f"q is on {q.device}; cpp runs on the CPU"
-    if q.dtype == torch.float64:
-        return "q is float64; cpp takes float32, float16 and bfloat16"
-    for name, x in zip(("q", "k", "v"), (q, *rest), strict=False):
-        if x.shape[3] > 1 and x.stride(3) != 1:
-            return f"the last dim of {name} is not contiguous (stride {x.stride(3)})"
-    return None
+    return _not_taken("cpp", q, *rest)
 
 
-@_dispatch.register(OP, "cpp", _cpp_can_run)
-def _run_cpp(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.hhattn.block_sparse_attention(q, k, v, *_lists(mask), mask.block_size[1], scale)
+def _triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    if (reason := _triton.why_not(q)) or q is None:
+        return reason
+    return _not_taken("triton", q, *rest)
+
+
+def _call(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    operator = getattr(torch.ops, namespace).block_sparse_attention
+    return operator(q, k, v, *_lists(mask), mask.block_size[1], scale)
+
+
+_dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
+_dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
