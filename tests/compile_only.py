@@ -11,49 +11,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import sass
 import triton
 from gpu_model import GPUS, Occupancy, occupancy
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from hhattn.simt import launch
 
 ARCHS = tuple(GPUS)
 SHARED_KIB = {arch: gpu.shared_block // 1024 for arch, gpu in GPUS.items()}  # a block's most
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-@dataclass
-class Launch:
-    """One launch, as the host code makes it. Tensors may be meta tensors: of any size, at an aligned address."""
-
-    kernel: JITFunction
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
-
-    def bind(self, arch: int) -> tuple[Any, ...]:
-        backend = make_backend(GPUTarget("cuda", arch, 32))
-        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialization, options = binder(*self.args, **self.options)
-        return specialization, *self.kernel._pack_args(backend, self.options, bound, specialization, options)
-
-    def key(self, arch: int = 80) -> str:
-        """What Triton looks a compiled kernel up by: launches with one key share one compilation."""
-        specialization, options, *_ = self.bind(arch)
-        return f"{self.name} {specialization} {options}"
+class Launch(launch.Launch):
+    """A launch that can say what its compiled code is like."""
 
     def compile(self, arch: int) -> Compiled:
-        _, options, signature, constexprs, attrs = self.bind(arch)
-        source = ASTSource(self.kernel, signature, constexprs, attrs)
-        target = GPUTarget("cuda", arch, 32)
-        return Compiled(triton.compile(source, target=target, options=options.__dict__), arch)
+        return Compiled(self.binary(arch), arch)
 
 
 @dataclass
@@ -122,10 +96,6 @@ class Compiled:
 def launches(call: Callable[[], object]) -> list[Launch]:
     """Every kernel that ``call`` launches; none of them runs."""
     seen: list[Launch] = []
-
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        seen.append(Launch(self, grid, args, options))
-
-    with mock.patch.object(JITFunction, "run", record):
+    with launch.caught(lambda one: seen.append(Launch(one.kernel, one.grid, one.args, one.options))):
         call()
     return seen

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hhattn import _ext
+from hhattn import _ext, simt
 from hhattn.ops import _triton
 
 settings.register_profile("hhattn", deadline=None, derandomize=True, max_examples=25)
@@ -19,6 +19,7 @@ settings.load_profile("hhattn")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE_ISAS = [] if _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
 IMPLS = ["reference", "cpp", "triton"]
+SIMT = int(os.environ.get("HHATTN_SIMT", "0"))  # 80 or 90: Triton kernels compiled for it run on the emulator
 
 
 def _runs_here(item: pytest.Item) -> bool:
@@ -32,6 +33,8 @@ def _runs_here(item: pytest.Item) -> bool:
     if params.get("impl") == "cpp":
         return bool(NATIVE_ISAS)
     if params.get("impl") == "triton":  # on CPU tensors, that is
+        if SIMT:
+            return params.get("device") != "cuda"
         return _triton.interpreted() and _triton.why_not(torch.empty(0, dtype=params.get("dtype"))) is None
     return True
 
@@ -41,6 +44,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+
+
+@pytest.fixture(autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With HHATTN_SIMT, tests of Triton kernels run them on the emulator, in the order that HHATTN_SIMT_SEED shuffles,
+    and fail on whatever it reports."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if not SIMT or params.get("impl") != "triton":
+        yield
+        return
+    with simt.emulate(SIMT, int(os.environ.get("HHATTN_SIMT_SEED", "0"))) as session:
+        yield
+        assert not session.reports, "\n".join(map(str, session.reports))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,7 @@ from torch import Tensor
 NAMESPACE = "hhattn_triton"
 
 
+emulated = False  # kernels run compiled, on a CPU: set while hhattn.simt.emulate is active
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -30,6 +31,8 @@ def why_not(x: Tensor | None) -> str | None:
         if x is not None and x.dtype == torch.bfloat16:
             return "Triton's interpreter (TRITON_INTERPRET=1) computes wrongly with bfloat16"
         return None
+    if emulated:
+        return None if x is None or x.device.type == "cpu" else f"x is on {x.device}; the emulator runs on CPU tensors"
     if x is None:
         return None if torch.cuda.is_available() else "no CUDA GPU here"
     return None if x.device.type == "cuda" else f"x is on {x.device}; triton runs on CUDA GPUs"

@@ -7,8 +7,9 @@ nothing. It comes with the source tree, not with the wheel.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Counter", "Report"]
+__all__ = ["Counter", "Report", "emulate"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,12 @@ class Counter:
     lanes: int
     cost: int
     minimum: int
+
+
+def __getattr__(name: str) -> Any:
+    """``emulate``, without making every import of this one of torch's."""
+    if name != "emulate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hhattn.simt.session import emulate
+
+    return emulate

@@ -1,0 +1,151 @@
+"""Ops on CPU tensors, their Triton kernels compiled for a GPU and executed by the emulator."""
+
+from __future__ import annotations
+
+import collections
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hhattn.ops import _triton
+from hhattn.simt import Counter, Report
+from hhattn.simt.runtime import READ_ONLY, READ_WRITE, runtime
+
+if TYPE_CHECKING:
+    from hhattn.simt.launch import Launch
+
+ARCHS = (80, 90)
+_FORMATS = {"i1": "?", "u1": "?", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64": "<d", "f64": "<d"} | {
+    f"{sign}{bits}": f"<{letter if sign == 'i' else letter.upper()}"
+    for sign in "iu"
+    for bits, letter in ((8, "b"), (16, "h"), (32, "i"), (64, "q"))
+}
+
+
+@dataclass
+class _Kernel:
+    """A compiled kernel, ready to run."""
+
+    address: int
+    threads: int
+    shared: int
+    params: int
+    stored: set[int]
+
+
+_KERNELS: dict[str, _Kernel] = {}  # of this process, whatever the session
+
+
+@dataclass
+class Session:
+    """What ran while :func:`emulate` was active: ``reports`` of what a GPU would do wrong in silence, ``launches`` by
+    kernel name, and ``counters`` of requests to memory if they were asked for."""
+
+    arch: int
+    seed: int
+    rewrite: Callable[[str, str], str] | None = None
+    launches: collections.Counter[str] = field(default_factory=collections.Counter)
+    _rewritten: dict[str, _Kernel] = field(default_factory=dict)
+
+    @property
+    def reports(self) -> list[Report]:
+        return runtime().reports()
+
+    @property
+    def counters(self) -> list[Counter]:
+        return runtime().counters()
+
+    def _compiled(self, launch: Launch) -> _Kernel:
+        kept = _KERNELS if self.rewrite is None else self._rewritten
+        key = f"{self.arch} {launch.kernel.cache_key} {launch.key(self.arch)}"
+        if key not in kept:
+            kept[key] = self._compile(launch)
+        return kept[key]
+
+    def _compile(self, launch: Launch) -> _Kernel:
+        from hhattn.simt import build
+        from hhattn.simt._pointers import stored
+        from hhattn.simt.ptx import parse
+
+        binary = launch.binary(self.arch)
+        text = binary.asm["ptx"]
+        if self.rewrite is not None:
+            text = self.rewrite(launch.name, text)
+        kernel = parse(text)
+        meta = binary.metadata
+        return _Kernel(build.load(text), 32 * meta.num_warps, meta.shared, len(kernel.params), stored(kernel))
+
+    def run(self, launch: Launch) -> None:
+        """Run one launch to its end."""
+        kernel = self._compiled(launch)
+        parameters = launch.parameters(self.arch)
+        self.launches[launch.name] += 1
+        emulator = runtime()
+        emulator.unregister_all()
+        for begin, end, name, writable in _spans(parameters, kernel.stored):
+            emulator.register_range(begin, end, name, READ_WRITE if writable else READ_ONLY)
+        packed = b"".join(_pack(launch.name, *p) for p in parameters).ljust(8 * kernel.params, b"\0")
+        emulator.launch(launch.name, kernel.address, packed, launch.blocks(), (kernel.threads, 1, 1), kernel.shared)
+
+
+def _pack(kernel: str, name: str, type_: str, value: Any) -> bytes:
+    """A parameter's 8 bytes."""
+    if type_.startswith("*"):
+        if value.device.type != "cpu":
+            raise ValueError(f"{kernel}: {name} is on {value.device}; the emulator runs on CPU tensors")
+        return struct.pack("<Q", value.data_ptr())
+    if type_ not in _FORMATS:
+        raise ValueError(f"{kernel}: {name} is of Triton's type {type_}; the emulator passes {', '.join(_FORMATS)}")
+    return struct.pack(_FORMATS[type_], value).ljust(8, b"\0")
+
+
+def _spans(parameters: list[tuple[str, str, Any]], stored: set[int]) -> list[tuple[int, int, str, bool]]:
+    """Memory that the tensors among ``parameters`` reach, from first to last element: begin, end, names, whether it is
+    written. Where views overlap they are one."""
+    found: list[tuple[int, int, str, bool]] = []
+    for i, (name, _, t) in enumerate(parameters):
+        if isinstance(t, Tensor) and t.numel():
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            found.append((t.data_ptr(), t.data_ptr() + extent * t.element_size(), name, i in stored))
+    merged: list[tuple[int, int, str, bool]] = []
+    for begin, end, name, writable in sorted(found):
+        if merged and begin < merged[-1][1]:
+            before = merged.pop()
+            begin, end = before[0], max(end, before[1])
+            name, writable = f"{before[2]}, {name}", writable or before[3]
+        merged.append((begin, end, name, writable))
+    return merged
+
+
+@contextmanager
+def emulate(
+    arch: int = 80, seed: int = 0, *, counters: bool = False, rewrite: Callable[[str, str], str] | None = None
+) -> Iterator[Session]:
+    """While it is active, ops called with ``impl="triton"`` on CPU tensors run their kernels' PTX, compiled for
+    ``sm_<arch>`` (80, or 90 as sm_90a), on the emulator. Needs triton, pybind11 and g++.
+
+    seed: another order of warps and blocks for each. counters: count bank conflicts and sectors too, which is slower.
+    rewrite: called with a kernel's name and PTX, returns the PTX to run instead; to seed faults.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch must be one of {ARCHS}, got {arch}")
+    if _triton.interpreted():
+        raise RuntimeError("emulate runs compiled kernels; TRITON_INTERPRET=1 compiles none: unset it")
+    from hhattn.simt.launch import caught
+
+    if _triton.emulated:
+        raise RuntimeError("emulate is active already; it doesn't nest")
+    runtime().reset()
+    runtime().options(seed=seed, counters=counters)
+    session = Session(arch, seed, rewrite)
+    _triton.emulated = True
+    try:
+        with caught(session.run):
+            yield session
+    finally:
+        _triton.emulated = False
+        runtime().unregister_all()
