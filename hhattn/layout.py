@@ -50,8 +50,8 @@ class VideoLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tile", tuple(int(n) for n in self.tile))
         for name, sizes in (("(frames, height, width)", self.grid), ("tile", self.tile)):
-            if len(sizes) != 3 or min(sizes) < 1:
-                raise ValueError(f"{name}={sizes}: accepted are three sizes of at least 1")
+            if len(sizes) != 3 or not all(isinstance(n, int) and n >= 1 for n in sizes):
+                raise ValueError(f"{name}={sizes}: accepted are three whole sizes of at least 1")
         if self.text_len < 0:
             raise ValueError(f"text_len={self.text_len}: accepted is 0 or more")
 

@@ -326,6 +326,8 @@ def test_any_shape_and_mask(sq: int, sk: int, bq: int, bk: int, share: float, se
         ({"k": torch.zeros(1, 9, 2, 4)}, "k"),
         ({"impl": "cuda"}, "cuda"),
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "BlockMask"),
+        ({"scale": float("nan")}, "scale must be a finite number"),
+        ({"scale": "a"}, "scale must be a finite number"),
     ],
 )
 def test_refusals_name_the_argument(change: dict[str, object], words: str) -> None:

@@ -252,3 +252,5 @@ def test_plots_and_refusals() -> None:
         masks.block_causal(layout, 0)
     with pytest.raises((ValueError, TypeError)):
         masks.dense(layout) & masks.dense(VideoLayout(2, 4, 5))
+    with pytest.raises(ValueError, match=r"frames.*2\.5.*whole sizes"):
+        VideoLayout(2.5, 4, 4)  # type: ignore[arg-type]

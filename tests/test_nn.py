@@ -65,6 +65,8 @@ def test_parameters(cls: type[nn.Module], qk_norm: str | None, size: int | None)
 def test_refuses(cls: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match="qk_norm='layer'"):
         cls(DIM, HEADS, qk_norm="layer")
+    with pytest.raises(ValueError, match="head_dim=33"):
+        hhattn.nn.Rope3D(33)
     with pytest.raises(ValueError, match="num_heads=5 doesn't divide dim=24"):
         cls(DIM, 5)
     with pytest.raises(ValueError, match="num_kv_heads=2"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 from video_models import TINY, write_untrained
 
@@ -129,7 +133,33 @@ def test_words_lists_the_vocabulary() -> None:
     code, stdout, _ = call(command="words")
     assert code == 0
     for line, (slot, options) in zip(stdout.splitlines(), SLOTS.items(), strict=True):
-        assert line.split() == [slot, *", ".join(options).split()]
+        name, *listed = re.sub(r" \(.*?\)", "", line).replace(",", "").split()
+        assert (name, *listed) == (slot, *options)
+    assert "pink (rose)" in stdout
+
+
+def test_terminated_it_leaves_no_file(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of writing, as `timeout` does it."""
+
+    write = cli.VideoWriter.write
+
+    def terminate(writer: cli.VideoWriter, frames: Tensor) -> None:
+        write(writer, frames)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cli.VideoWriter, "write", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, _ = call("red ball", "--seconds", "0.2", "--size", "tiny", "-o", str(tmp_path / "x.mp4"))
+    assert code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_a_terminal_it_says_how_far_it_is(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUIET", 0.0)
+    code, _, stderr = call("red ball", "--seconds", "1", "--size", "tiny", "-o", str(tmp_path / "x.mp4"))
+    assert code == 0
+    assert re.search(r"13/16 frames in \d+ s, \d+ s to go", stderr)
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *args: str, command: str = "generate") -> str:

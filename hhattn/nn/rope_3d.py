@@ -20,6 +20,7 @@ class Rope3D(nn.Module):
         rotate: str = "interleaved",
     ) -> None:
         super().__init__()
+        rope_3d((0, 0, 0), head_dim, theta=theta, axes_dims=axes_dims, rotate=rotate)  # refuses what it can't take
         self.head_dim, self.theta, self.axes_dims, self.rotate = head_dim, theta, axes_dims, rotate
 
     def forward(

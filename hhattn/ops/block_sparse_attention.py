@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from functools import partial
 from typing import Any
 
@@ -74,7 +76,7 @@ def block_sparse_attention(
             else (q_layout.from_tiles, k_layout.from_tiles, q_layout.to_tiles)
         )
         q, k, v = q_in(q), k_in(k), k_in(v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _finite(scale)
     out, lse = _dispatch.call(OP, impl, q, k, v, mask, scale)
     if convert:
         out, lse = q_out(out), q_out(lse, 2) if return_lse else lse
@@ -104,12 +106,19 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _finite(scale: object) -> float:
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    return float(scale)
+
+
 def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     if mask.device != q.device:
         raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}; mask.to(q.device) moves it")
     if (mask.q_len, mask.k_len) != (q.shape[1], k.shape[1]):
         raise ValueError(
-            f"mask must be for Sq={q.shape[1]} queries and Sk={k.shape[1]} keys, got {mask.q_len} and {mask.k_len}"
+            f"mask must be for Sq={q.shape[1]} queries and Sk={k.shape[1]} keys, got {mask.q_len} and {mask.k_len} "
+            "(q, k and v are [B, S, H, D])"
         )
     batch, heads = mask.kv_num_blocks.shape[:2]
     if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):

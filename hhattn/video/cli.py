@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,16 +25,27 @@ from .generate import DEMO_PROMPT, Pipeline, Request
 from .io import VideoWriter, check_encoder, check_writable, read_picture
 from .presets import SIZES
 from .prior import Sampling
-from .text import SLOTS, parse
+from .text import SLOTS, parse, synonyms
 from .world import RADIUS
 
 console = Console(stderr=True)
+QUIET = 10.0  # seconds without a word where there is no terminal to draw a bar on
 
 
 def fail(message: object) -> typer.Exit:
     """One clear line on stderr, exit code 2."""
     print(f"hhattn: {message}", file=sys.stderr)
     return typer.Exit(2)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM ends the process as an exception does, so that an unfinished file is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def generate(
@@ -85,8 +99,13 @@ def generate(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    said = start
     try:
-        with VideoWriter(output, height, width, fps) as writer, Progress(*columns, console=console) as progress:
+        with (
+            unwinding(),
+            VideoWriter(output, height, width, fps) as writer,
+            Progress(*columns, console=console) as progress,
+        ):
             task = progress.add_task("generating", total=request.frames)
             for chunk in pipeline.stream(request, picture):
                 before = time.perf_counter()
@@ -95,6 +114,10 @@ def generate(
                 for name, spent in chunk.seconds.items():
                     stages[name] = stages.get(name, 0.0) + spent
                 progress.update(task, advance=len(chunk.frames))
+                if not console.is_terminal and (now := time.perf_counter()) - said > QUIET:
+                    done, said = writer.frames, now
+                    left = (now - start) * (request.frames - done) / done
+                    console.print(f"{done}/{request.frames} frames in {now - start:.0f} s, {left:.0f} s to go")
     except OSError as e:
         print(f"hhattn: {output}: {e}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -159,9 +182,10 @@ def evaluate(
 
 
 def words() -> None:
-    """List the words a prompt may use."""
+    """List the words a prompt may use, with others for the same in brackets."""
     for slot, options in SLOTS.items():
-        print(f"{slot:8} {', '.join(options)}")
+        said = (f"{word} ({', '.join(also)})" if (also := synonyms(word)) else word for word in options)
+        print(f"{slot:8} {', '.join(said)}")
 
 
 __all__ = ["evaluate", "generate", "words"]

@@ -82,21 +82,27 @@ class Pipeline:
     for a device that isn't here.
     """
 
-    def __init__(self, folder: Path | None = None, device: str | torch.device = "cpu"):
+    def __init__(self, folder: Path | str | None = None, device: str | torch.device = "cpu"):
         try:
             self.device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as e:
             raise ValueError(f"device={str(device)!r}; accepted: a device that torch has here ({e})") from None
         self.codec, self.dit, self.prior, self.reader = Codec(), VideoDiT(), MotionPrior(), Reader()
-        load({"codec": self.codec, "dit": self.dit, "prior": self.prior, "reader": self.reader}, folder)
+        load(
+            {"codec": self.codec, "dit": self.dit, "prior": self.prior, "reader": self.reader},
+            None if folder is None else Path(folder),
+        )
         for model in (self.codec, self.dit, self.reader):
             model.to(self.device)
 
     def understand(self, request: Request, picture: Tensor | None = None) -> Prompt:
         """The prompt's words; with a picture, what the prompt leaves open is read off the picture.
 
-        Raises PromptError, and ValueError for a picture that :meth:`stream` doesn't take.
+        Raises TypeError for what is no Request, PromptError, and ValueError for a picture that :meth:`stream` doesn't
+        take.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f'request must be a Request, got {type(request).__name__}: Request("{DEMO_PROMPT}")')
         if picture is None:
             return parse(request.prompt, request.seed)
         check_picture(picture, SIZES[request.size])

@@ -53,6 +53,11 @@ class PromptError(ValueError):
     """The prompt can't be understood; the message says which word, and what would be."""
 
 
+def synonyms(word: str) -> list[str]:
+    """Words that a prompt may use instead of ``word``."""
+    return [new for new, old in _SYNONYMS.items() if old == word]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One word a slot, which of them the prompt left open (chosen by the seed), and which words had no effect."""
