@@ -8,6 +8,8 @@ using simt::Site;
 
 static void hook(void *p, size_t n, Access kind, size_t align, void *pc) {
   if (!simt::machine.fiber) return;
+  auto *c = static_cast<char *>(p), *indices = reinterpret_cast<char *>(simt::self);
+  if (p == &simt::self || (c >= indices && c < indices + sizeof(simt::Thread))) return;  // threadIdx and the like
   access(p, n, kind, Site{nullptr, reinterpret_cast<uintptr_t>(pc) - 1}, align);
   if (kind == Access::write) simt::progress();
 }

@@ -112,7 +112,17 @@ uint32_t draw(uint32_t below) {
 
 void progress() { machine.waited = 0; }
 
+// Static arrays exist once, in the kernel's library: blocks that run interleaved take turns.
+static void own_statics(Block &b) {
+  Block *&owner = machine.static_owner;
+  if (owner == &b || !machine.static_bytes) return;
+  if (owner) owner->statics.assign(machine.static_shared, machine.static_shared + machine.static_bytes);
+  if (!b.statics.empty()) memcpy(machine.static_shared, b.statics.data(), machine.static_bytes);
+  owner = &b;
+}
+
 static void make_current(Block &b, Fiber &f) {
+  own_statics(b);
   machine.block = &b;
   machine.fiber = &f;
   machine.warp = &b.warps[f.thread.warp];
@@ -221,6 +231,7 @@ static void start_block(Block &b, unsigned linear) {
     warp.live = warp.ready = lanes == WARP ? ~0u : (1u << lanes) - 1;
     warp.last = WARP - 1;
   }
+  b.statics.assign(machine.static_bytes, char(POISON));
   begin_memory(b);
   give_stacks(b);
   for (unsigned t = 0; t < machine.threads; t++) {
@@ -260,7 +271,7 @@ static Warp *pick_warp(Block *&block) {
 
 static void run_blocks() {
   std::vector<unsigned> order = block_order(machine.grid.x * machine.grid.y * machine.grid.z);
-  unsigned limit = machine.static_bytes ? 1 : std::max(1u, machine.options.resident);  // one copy of static arrays
+  unsigned limit = std::max(1u, machine.options.resident);
   size_t next = 0;
   while (!machine.stopped && (next < order.size() || !machine.resident.empty())) {
     while (next < order.size() && machine.resident.size() < limit) {
@@ -282,6 +293,7 @@ static void run_blocks() {
     block = machine.block;
     machine.fiber = nullptr;
     if (block->live) continue;
+    if (machine.static_owner == block) machine.static_owner = nullptr;
     for (Warp &w : block->warps) flush_trace(w);
     auto done = std::find_if(machine.resident.begin(), machine.resident.end(), [&](auto &b) { return b.get() == block; });
     machine.idle.push_back(std::move(*done));
@@ -356,6 +368,7 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
   m.serials.clear();
   m.random = 0x9e3779b97f4a7c15 * (m.options.seed + 1);
   m.fiber = nullptr;
+  m.static_owner = nullptr;
   find_image(image);
   if (accept(shared_bytes)) run_blocks();
   m.fiber = nullptr;

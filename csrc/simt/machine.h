@@ -119,7 +119,7 @@ struct Cell {
   uint16_t writer;           // its thread
   uint8_t init : 4, wrote : 4;  // bytes ever written; bytes of the last write
   uint8_t pending;           // asynchronous copies in flight into it
-  uint16_t held;             // wgmma reads in flight
+  uint16_t held;             // asynchronous reads in flight: wgmma, bulk stores
   uint8_t atomic, async;     // the last write was atomic; came through the async proxy
 };
 
@@ -133,6 +133,7 @@ struct Block {
   Barrier barriers[16];
   std::map<uint32_t, MBarrier> mbarriers;
   char *shared = nullptr;               // the dynamic arena, DYNAMIC_BYTES and a guard
+  std::vector<char> statics;            // the static arrays, while another block runs
   std::unique_ptr<Cell[]> cells;
   std::vector<uint32_t> reads;          // [cell][warp]: clock << 10 | lane (32: several) << 4 | bytes
 };
@@ -196,7 +197,7 @@ struct Machine {
   const void *params = nullptr;
   void *host_sp = nullptr;
   // who runs
-  Block *block = nullptr;
+  Block *block = nullptr, *static_owner = nullptr;
   Fiber *fiber = nullptr;
   Warp *warp = nullptr;
   bool as_warp = false;  // the access is the whole warp's, no single lane's

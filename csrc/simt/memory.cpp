@@ -38,10 +38,7 @@ size_t cell_of(uint32_t address) {
 void begin_memory(Block &b) {
   memset(b.shared, POISON, machine.shared_bytes);
   memset(b.cells.get(), 0, (machine.shared_bytes + 3) / 4 * sizeof(Cell));
-  if (machine.static_bytes) {
-    memset(machine.static_shared, POISON, machine.static_bytes);
-    memset(b.cells.get() + DYNAMIC_CELLS, 0, machine.static_bytes / 4 * sizeof(Cell));
-  }
+  memset(b.cells.get() + DYNAMIC_CELLS, 0, machine.static_bytes / 4 * sizeof(Cell));
   // entries are of the past once all clocks have gone up; but not where the layout by warps changed, or clocks grow out of 22 bits
   size_t wanted = size_t(machine.warps) * SHARED_CELLS;
   uint32_t clock = 0;
@@ -113,7 +110,7 @@ static void write_cell(Toucher &me, size_t index, unsigned mask, Access kind, bo
   if (__builtin_expect(c.pending, 0))
     report(me.site, "async-pending", "shared%s: written while an asynchronous copy into it is in flight", shared_name(index).c_str());
   if (__builtin_expect(c.held, 0))
-    report(me.site, "wgmma-pending", "shared%s: written while a wgmma that reads it is in flight", shared_name(index).c_str());
+    report(me.site, "async-source", "shared%s: written while a wgmma or bulk store that reads it is in flight", shared_name(index).c_str());
   bool both_atomic = kind == Access::atomic && c.atomic;
   if (__builtin_expect(!benign && !both_atomic && by_other(c, mask, me), 0))
     race(me.site, "shared", shared_name(index), "written after a write by", c.writer);

@@ -24,7 +24,7 @@ void report(Site site, const char *kind, const char *format, ...) {
   vsnprintf(message, sizeof message, format, args);
   va_end(args);
   bool inside = machine.fiber && machine.block;
-  machine.reports.push_back({kind, message, machine.kernel, file, site.line, inside ? machine.block->id : Dim3{},
+  machine.reports.push_back({kind, message, machine.kernel, file, site.line, inside ? machine.block->id : Dim3{0, 0, 0},
                              inside ? int(machine.fiber->index) : -1, 1});
 }
 

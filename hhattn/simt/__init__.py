@@ -16,9 +16,9 @@ __all__ = ["Counter", "Report", "emulate"]
 class Report:
     """Something a kernel did wrong, the first time; ``count`` says how often it did at this place.
 
-    ``kind`` is one of: race, uninitialized, async-pending, async-not-waited, wgmma-pending, wgmma-no-fence,
-    no-proxy-fence, global-oob, shared-oob, read-only, misaligned, divergence, deadlock, mask, barrier, mbarrier,
-    launch. ``thread`` is its index in the block, -1 for what is no thread's.
+    ``kind`` is one of: race, uninitialized, async-pending, async-source, async-not-waited, wgmma-pending,
+    wgmma-no-fence, no-proxy-fence, global-oob, shared-oob, read-only, misaligned, divergence, deadlock, mask, barrier,
+    mbarrier, launch. ``thread`` is its index in the block, -1 for what is no thread's.
     """
 
     kind: str

@@ -27,6 +27,7 @@ import torch
 from hhattn.simt import Counter, Report
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "simt"
+HEADERS = ("machine", "numbers", "ptx", "simt")
 LIBRARY = ("async", "hooks", "instructions", "launch", "memory", "reports", "sync", "wgmma")
 #: What every file is compiled with. The CPU's own instructions are right here: it is built where it runs.
 FLAGS = ("-std=c++20", "-fPIC", "-fno-gnu-unique", "-march=native", "-ffp-contract=off", f"-I{SOURCES}")
@@ -102,7 +103,8 @@ def library() -> Path:
         raise RuntimeError(f"hhattn.simt is built from the source tree's csrc/simt, and {SOURCES} isn't there")
     files = [SOURCES / f"{name}.cpp" for name in (*LIBRARY, "python")]
     flags = (*FLAGS, "-O2", "-g1", "-Wall")
-    folder = cache_dir() / f"lib-{digest(flags, sys.version, *files, *headers())}"
+    own = [SOURCES / f"{name}.h" for name in HEADERS]
+    folder = cache_dir() / f"lib-{digest(flags, sys.version, *files, *own)}"
     target = folder / "libsimt.so"
     if not (folder / "_simt.so").exists():
         _build_library(files, flags, folder)
@@ -136,6 +138,7 @@ def link_flags() -> list[str]:
 def build_cu(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """Compiles a .cu file for the emulator and loads it: its ``extern "C"`` functions launch its kernels on the CPU."""
     flags = (*FLAGS, *CU_FLAGS, *defines)
+    source = source.resolve()
     target = cache_dir() / f"cu-{digest(flags, source, *headers(), str(library()))}" / f"{source.stem}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix="hhattn-simt-") as name:

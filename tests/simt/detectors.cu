@@ -1,0 +1,343 @@
+// Small kernels, each with a fault that `Bug` turns on and that the emulator has to report; without it, nothing.
+#define RUN(kernel, grid, block, shared, ...)                      \
+  if (bug)                                                         \
+    LAUNCH(kernel<true>, grid, block, shared, __VA_ARGS__);        \
+  else                                                             \
+    LAUNCH(kernel<false>, grid, block, shared, __VA_ARGS__)
+#define KERNEL template <bool Bug> __global__ void
+#define ENTRY extern "C" void
+
+// ---- races in shared memory
+KERNEL missing_barrier(const float *x, float *y) {
+  __shared__ float s[64];
+  unsigned t = threadIdx.x;
+  s[t] = x[t];
+  if (!Bug) __syncthreads();
+  y[t] = s[63 - t];
+}
+ENTRY run_missing_barrier(int bug, const float *x, float *y) { RUN(missing_barrier, dim3(1), dim3(64), 0, x, y); }
+
+KERNEL missing_reuse_barrier(const float *x, float *y) {
+  __shared__ float s[64];
+  unsigned t = threadIdx.x;
+  float sum = 0;
+  for (int i = 0; i < 2; i++) {
+    s[t] = x[t] + float(i);
+    __syncthreads();
+    sum += s[63 - t];
+    if (!Bug) __syncthreads();
+  }
+  y[t] = sum;
+}
+ENTRY run_missing_reuse_barrier(int bug, const float *x, float *y) { RUN(missing_reuse_barrier, dim3(1), dim3(64), 0, x, y); }
+
+// One warp in lockstep needs no barrier? It does.
+KERNEL missing_warp_sync(const float *x, float *y) {
+  __shared__ float s[32];
+  unsigned t = threadIdx.x;
+  s[t] = x[t];
+  if (!Bug)
+    __syncwarp();
+  else
+    __shfl_xor_sync(0xffffffff, x[t], 1);  // makes lanes wait, and orders no memory
+  y[t] = s[t ^ 1];
+}
+ENTRY run_missing_warp_sync(int bug, const float *x, float *y) { RUN(missing_warp_sync, dim3(1), dim3(32), 0, x, y); }
+
+// Producer warps and a consumer warp meet at barrier 1; the bug lets one producer go to barrier 2.
+KERNEL wrong_named_barrier(const float *x, float *y) {
+  __shared__ float s[64];
+  unsigned t = threadIdx.x, warp = t / 32;
+  if (warp < 2) {
+    s[t] = x[t];
+    simt::barrier_arrive(1, Bug ? 64 : 96);
+    if (Bug && warp == 1) simt::barrier_arrive(1, 64);
+  } else {
+    simt::barrier(1, Bug ? 64 : 96);
+    y[t - 64] = s[t - 64];
+    y[t - 32] = s[t - 32];
+  }
+}
+ENTRY run_wrong_named_barrier(int bug, const float *x, float *y) { RUN(wrong_named_barrier, dim3(1), dim3(96), 0, x, y); }
+
+// Neighbours that share four bytes don't share a place.
+KERNEL halves(const float *x, float *y) {
+  __shared__ unsigned short s[64];
+  auto *out = reinterpret_cast<unsigned short *>(y);
+  unsigned t = threadIdx.x;
+  s[t] = static_cast<unsigned short>(x[t]);
+  out[t] = static_cast<unsigned short>(s[Bug ? t ^ 1 : t] + t);
+}
+ENTRY run_halves(int bug, const float *x, float *y) { RUN(halves, dim3(1), dim3(64), 0, x, y); }
+
+// ---- races in global memory
+KERNEL blocks_write(const float *x, float *y) { y[threadIdx.x + (Bug ? 0 : 32 * blockIdx.x)] = x[threadIdx.x] + blockIdx.x; }
+ENTRY run_blocks_write(int bug, const float *x, float *y) { RUN(blocks_write, dim3(2), dim3(32), 0, x, y); }
+
+KERNEL block_reads(const float *, float *y) {
+  unsigned i = threadIdx.x + 32 * blockIdx.x, other = i ^ 32;
+  float v = y[Bug ? other : i];
+  y[i] = v + 1;
+}
+ENTRY run_block_reads(int bug, const float *x, float *y) { RUN(block_reads, dim3(2), dim3(32), 0, x, y); }
+
+KERNEL threads_in_block(const float *x, float *y) {
+  y[threadIdx.x] = x[threadIdx.x];
+  if (!Bug) __syncthreads();
+  float v = y[63 - threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = v;
+}
+ENTRY run_threads_in_block(int bug, const float *x, float *y) { RUN(threads_in_block, dim3(1), dim3(64), 0, x, y); }
+
+KERNEL plain_add(const float *x, float *y) {
+  if (Bug)
+    y[0] += x[threadIdx.x];
+  else
+    atomicAdd(y, x[threadIdx.x]);
+}
+ENTRY run_plain_add(int bug, const float *x, float *y) { RUN(plain_add, dim3(2), dim3(32), 0, x, y); }
+
+// ---- never written
+KERNEL uninitialized_shared(const float *x, float *y) {
+  __shared__ float s[32];
+  unsigned t = threadIdx.x;
+  if (t < (Bug ? 31 : 32)) s[t] = x[t];
+  __syncthreads();
+  y[t] = s[31 - t];
+}
+ENTRY run_uninitialized_shared(int bug, const float *x, float *y) { RUN(uninitialized_shared, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL stale_output(const float *x, float *y) {
+  float before = Bug ? y[threadIdx.x] : 0;
+  y[threadIdx.x] = before + x[threadIdx.x];
+}
+ENTRY run_stale_output(int bug, const float *x, float *y) { RUN(stale_output, dim3(1), dim3(32), 0, x, y); }
+
+// ---- out of bounds and forbidden
+KERNEL read_past_end(const float *x, float *y) {
+  unsigned t = threadIdx.x + 64 * blockIdx.x;
+  if (t < (Bug ? 65 : 64)) y[t % 64] = x[t];
+}
+ENTRY run_read_past_end(int bug, const float *x, float *y) { RUN(read_past_end, dim3(2), dim3(64), 0, x, y); }
+
+KERNEL write_before_begin(const float *x, float *y) {
+  int t = int(threadIdx.x) - (Bug ? 1 : 0);
+  y[t] = x[threadIdx.x];
+}
+ENTRY run_write_before_begin(int bug, const float *x, float *y) { RUN(write_before_begin, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL shared_past_end(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<float *>(smem);
+  unsigned t = threadIdx.x;
+  s[t + (Bug ? 1 : 0)] = x[t];
+  __syncthreads();
+  y[t] = s[t + (Bug ? 1 : 0)];
+}
+ENTRY run_shared_past_end(int bug, const float *x, float *y) { RUN(shared_past_end, dim3(1), dim3(32), 128, x, y); }
+
+KERNEL write_read_only(const float *x, float *y) {
+  auto *out = Bug ? const_cast<float *>(x) : y;
+  out[threadIdx.x] = 1;
+}
+ENTRY run_write_read_only(int bug, const float *x, float *y) { RUN(write_read_only, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL misaligned_vector(const float *x, float *y) {
+  auto *v = reinterpret_cast<const float4 *>(x + (Bug ? 1 : 0));
+  float4 f = v[threadIdx.x];
+  y[threadIdx.x] = f.x + f.y + f.z + f.w;
+}
+ENTRY run_misaligned_vector(int bug, const float *x, float *y) { RUN(misaligned_vector, dim3(1), dim3(8), 0, x, y); }
+
+// ---- threads that don't meet
+KERNEL split_barrier(const float *x, float *y) {
+  __shared__ float s[32];
+  unsigned t = threadIdx.x;
+  s[t] = x[t];
+  if (Bug && t < 16) {
+    __syncthreads();
+    y[t] = 0;
+  } else {
+    __syncthreads();
+  }
+  y[t] = s[31 - t];
+}
+ENTRY run_split_barrier(int bug, const float *x, float *y) { RUN(split_barrier, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL shuffle_in_branch(const float *x, float *y) {
+  unsigned t = threadIdx.x;
+  float v = x[t];
+  if (t < 16)
+    v += __shfl_xor_sync(Bug ? 0xffffffff : 0xffff, v, 1);
+  else
+    __syncwarp(0xffff0000);
+  __syncthreads();
+  y[t] = v;
+}
+ENTRY run_shuffle_in_branch(int bug, const float *x, float *y) { RUN(shuffle_in_branch, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL missing_arrival(const float *x, float *y) {
+  unsigned t = threadIdx.x;
+  if (!Bug || t < 32) simt::barrier(3, 64);
+  y[t] = x[t];
+}
+ENTRY run_missing_arrival(int bug, const float *x, float *y) { RUN(missing_arrival, dim3(1), dim3(64), 0, x, y); }
+
+KERNEL inactive_source(const float *x, float *y) {
+  unsigned t = threadIdx.x;
+  y[t] = t < 16 ? __shfl_sync(0xffff, x[t], Bug ? 20 : 3) : 0;
+}
+ENTRY run_inactive_source(int bug, const float *x, float *y) { RUN(inactive_source, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL endless_poll(const float *x, float *y) {
+  if (threadIdx.x == 0) {
+    while (Bug && y[33] == 0) simt::yield();
+    y[0] = x[0];
+  }
+}
+ENTRY run_endless_poll(int bug, const float *x, float *y) { RUN(endless_poll, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL too_many_threads(const float *x, float *y) {
+  if (threadIdx.x < 32) y[threadIdx.x] = x[threadIdx.x];
+}
+ENTRY run_too_many_threads(int bug, const float *x, float *y) { RUN(too_many_threads, dim3(1), dim3(bug ? 1025 : 1024), 0, x, y); }
+
+// ---- cp.async: 32 threads bring 16 bytes each, twice
+__device__ inline uint32_t bring(uint32_t s, const float *x, int half) {
+  uint32_t at = s + uint32_t(half) * 512 + threadIdx.x * 16;
+  simt::cp_async(at, x + half * 128 + threadIdx.x * 4, 16, 16);
+  simt::cp_async_commit();
+  return at;
+}
+template <bool WeakWait, bool NoBarrier, bool NoWait>
+__device__ void copies(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<const float *>(smem);
+  uint32_t at = simt::shared_address(smem);
+  for (int half = 0; half < 2; half++) bring(at, x, half);
+  if (!NoWait) simt::cp_async_wait(WeakWait ? 1 : 0);
+  if (!NoBarrier) __syncthreads();
+  for (int i = NoWait ? 2 : 0; i < 2; i++)
+    for (int j = 0; j < 4; j++) y[i * 128 + int(threadIdx.x) * 4 + j] = s[i * 128 + 127 - (int(threadIdx.x) * 4 + j)];
+}
+KERNEL weak_wait(const float *x, float *y) { copies<Bug, false, false>(x, y); }
+ENTRY run_weak_wait(int bug, const float *x, float *y) { RUN(weak_wait, dim3(1), dim3(32), 1024, x, y); }
+KERNEL wait_without_barrier(const float *x, float *y) { copies<false, Bug, false>(x, y); }
+ENTRY run_wait_without_barrier(int bug, const float *x, float *y) { RUN(wait_without_barrier, dim3(1), dim3(32), 1024, x, y); }
+KERNEL never_waited(const float *x, float *y) { copies<false, false, Bug>(x, y); }
+ENTRY run_never_waited(int bug, const float *x, float *y) { RUN(never_waited, dim3(1), dim3(32), 1024, x, y); }
+
+// ---- mbarriers and bulk copies: thread 0 brings 512 bytes twice through the same buffer
+enum BulkBug { NONE, NO_WAIT, WRONG_PARITY, NO_INIT_BARRIER, NO_INIT, TOO_FEW_BYTES, NO_REUSE_BARRIER };
+template <BulkBug B>
+__device__ void bulk(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<const float *>(smem);
+  uint32_t at = simt::shared_address(smem), bar = at + 512;
+  unsigned t = threadIdx.x;
+  if (t == 0 && B != NO_INIT) simt::mbarrier_init(bar, 1);
+  if (B != NO_INIT_BARRIER) __syncthreads();
+  for (unsigned i = 0; i < 2; i++) {
+    if (t == 0) {
+      simt::mbarrier_arrive_expect_tx(bar, B == TOO_FEW_BYTES ? 528 : 512);
+      simt::bulk_load(at, x + i * 128, 512, bar);
+    }
+    if (B != NO_WAIT)
+      while (!simt::mbarrier_test(bar, B == WRONG_PARITY ? 1 - i : i)) {
+      }
+    for (unsigned j = t; j < 128; j += 64) y[i * 128 + j] = s[127 - j];
+    if (B != NO_REUSE_BARRIER) __syncthreads();
+  }
+}
+#define BULK(name, B)                                                     \
+  KERNEL name(const float *x, float *y) { bulk<Bug ? B : NONE>(x, y); }   \
+  ENTRY run_##name(int bug, const float *x, float *y) { RUN(name, dim3(1), dim3(64), 520, x, y); }
+BULK(bulk_no_wait, NO_WAIT)
+BULK(bulk_wrong_parity, WRONG_PARITY)
+BULK(mbarrier_no_barrier, NO_INIT_BARRIER)
+BULK(mbarrier_no_init, NO_INIT)
+BULK(mbarrier_wrong_bytes, TOO_FEW_BYTES)
+BULK(bulk_no_reuse_barrier, NO_REUSE_BARRIER)
+
+template <bool NoFence, bool Early, bool NoWait>
+__device__ void bulk_out(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<float *>(smem);
+  unsigned t = threadIdx.x;
+  for (unsigned i = 0; i < 4; i++) s[t + 32 * i] = x[t + 32 * i];
+  if (!NoFence) simt::fence_proxy_async();
+  __syncthreads();
+  if (t == 0) {
+    simt::bulk_store(y, simt::shared_address(smem), 512);
+    simt::bulk_commit();
+    if (!Early && !NoWait) simt::bulk_wait(0, true);
+    s[0] = NoWait ? s[0] : 7;
+    if (Early) simt::bulk_wait(0, true);
+  }
+}
+KERNEL store_without_fence(const float *x, float *y) { bulk_out<Bug, false, false>(x, y); }
+ENTRY run_store_without_fence(int bug, const float *x, float *y) { RUN(store_without_fence, dim3(1), dim3(32), 512, x, y); }
+KERNEL store_source_reused(const float *x, float *y) { bulk_out<false, Bug, false>(x, y); }
+ENTRY run_store_source_reused(int bug, const float *x, float *y) { RUN(store_source_reused, dim3(1), dim3(32), 512, x, y); }
+
+// ---- wgmma: a warpgroup multiplies 64x16 by 16x8, both unswizzled in shared memory
+enum WgmmaBug { FINE, NO_GROUP_WAIT, NO_REGISTER_FENCE, NO_PROXY_FENCE, OPERAND_REUSED, LEFT_IN_FLIGHT };
+template <WgmmaBug B>
+__device__ void product(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<unsigned short *>(smem);
+  unsigned t = threadIdx.x;
+  for (unsigned i = t; i < 80 * 16; i += 128) s[i] = simt::to_bf16(x[i % 64]);
+  if (B != NO_PROXY_FENCE) simt::fence_proxy_async();
+  __syncthreads();
+  uint32_t at = simt::shared_address(smem), d[4] = {}, *registers[4] = {d, d + 1, d + 2, d + 3};
+  auto descriptor = [](uint32_t a) { return uint64_t(a >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32; };
+  simt::Wgmma op{.n = 8, .type = simt::Element::bf16, .accumulate = false};
+  if (B != NO_REGISTER_FENCE) simt::wgmma_fence();
+  simt::wgmma(op, registers, nullptr, descriptor(at), descriptor(at + 2048));
+  simt::wgmma_commit();
+  if (B == OPERAND_REUSED) s[t] = 0;
+  if (B != NO_GROUP_WAIT && B != LEFT_IN_FLIGHT) simt::wgmma_wait(0);
+  if (B != LEFT_IN_FLIGHT)
+    for (unsigned i = 0; i < 4; i++) {
+      if (B == NO_GROUP_WAIT) simt::wgmma_touch(d + i);
+      y[t * 4 / 2 % 256] = simt::bits_to_float(d[0]);
+    }
+  if (B == NO_GROUP_WAIT) simt::wgmma_wait(0);
+}
+#define WGMMA(name, B)                                                     \
+  KERNEL name(const float *x, float *y) { product<Bug ? B : FINE>(x, y); } \
+  ENTRY run_##name(int bug, const float *x, float *y) { RUN(name, dim3(1), dim3(128), 2560, x, y); }
+WGMMA(wgmma_no_wait, NO_GROUP_WAIT)
+WGMMA(wgmma_no_fence, NO_REGISTER_FENCE)
+WGMMA(wgmma_no_proxy_fence, NO_PROXY_FENCE)
+WGMMA(wgmma_operand_reused, OPERAND_REUSED)
+WGMMA(wgmma_left_in_flight, LEFT_IN_FLIGHT)
+
+// ---- the schedule: threads draw tickets between meetings
+__global__ void tickets(unsigned *order, unsigned *next) {
+  for (int i = 0; i < 2; i++) {
+    order[atomicAdd(next, 1u)] = threadIdx.x + blockDim.x * blockIdx.x;
+    __syncwarp();
+  }
+}
+ENTRY run_tickets(unsigned *order, unsigned *next) { LAUNCH(tickets, dim3(3), dim3(128), 0, order, next); }
+
+// One block waits for what another does, in either order: possible only if they run interleaved.
+__global__ void hand_over(unsigned *flag) {
+  if (blockIdx.x == 0)
+    while (atomicAdd(flag, 0u) == 0) simt::yield();
+  else
+    atomicAdd(flag, 1u);
+}
+ENTRY run_hand_over(unsigned *flag) { LAUNCH(hand_over, dim3(2), dim3(1), 0, flag); }
+
+// ---- counters: a column of a row-major tile, and a column of global memory
+__global__ void strides(const float *x, float *y, int stride) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<float *>(smem);
+  s[int(threadIdx.x) * stride] = x[int(threadIdx.x) * stride];
+  y[threadIdx.x] = 0;
+}
+ENTRY run_strides(const float *x, float *y, int stride) { LAUNCH(strides, dim3(1), dim3(32), 32 * 32 * 4, x, y, stride); }
