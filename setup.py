@@ -142,12 +142,13 @@ class BuildNative(build_ext):
 
 def native() -> Extension:
     """The extension, with every file it depends on, so that an unchanged one isn't built again."""
-    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h"))
+    found = [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
+    files = sorted(str(p) for p in found if p.parts[1] != "simt")  # the emulator is for tests, and builds itself
     return Extension("hhattn._C", sources=[f for f in files if f.endswith(".cpp")], depends=files, language="c++")
 
 
 setup(
-    packages=[*find_packages(include=["hhattn", "hhattn.*"]), "hhattn.kernels"],
+    packages=[*find_packages(include=["hhattn", "hhattn.*"], exclude=["hhattn.simt"]), "hhattn.kernels"],
     package_dir={"hhattn.kernels": "kernels"},  # never a top-level `kernels`: another package has that name
     ext_modules=[native()],
     cmdclass={"build_ext": BuildNative},
