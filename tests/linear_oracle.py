@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from helpers import randn
+from helpers import assert_close_to_fp64, randn, strided
 from torch import Tensor
+
+from hhattn import block_linear_attention
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,3 +141,43 @@ def to(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, tuple):
         return tuple(to(x, dtype) for x in value)
     return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+EVERY = {"rope", "key_gate", "chunk_decay", "initial_state"}
+
+
+def compare(
+    impl: str, dtype: torch.dtype, sizes: tuple[int, ...], chunk_lens: object, names: set[str], **how: object
+) -> None:
+    """Outputs, states and gradients of everything that has one, beside the recurrence in the same dtype."""
+    batch, tokens, heads, kv_heads, dim, dim_v = sizes
+    lens = lens_of(chunk_lens, tokens)
+    given = [x.to(dtype) for x in inputs(batch, tokens, heads, kv_heads, dim, dim_v)]
+    extra = options(batch, tokens, heads, dim, dim_v, len(lens), names)
+    upstream = randn(batch, tokens, heads, dim_v, dtype=torch.float64, seed=9)
+
+    def run(ours: bool, up: torch.dtype) -> dict[str, Tensor]:
+        outward = torch.float64 if up == torch.float64 else dtype
+        leaves = [x.detach().to(outward).requires_grad_() for x in given]
+        e = {n: to(x, torch.float64 if up == torch.float64 else torch.float32) for n, x in extra.items()}
+        named = dict(zip("qkv", leaves, strict=True))
+        for name in ("key_gate", "decay"):
+            if name in e:
+                named[name] = e[name].requires_grad_()
+        if "initial_state" in e:
+            named |= zip(("kv_0", "k_sum_0"), (x.requires_grad_() for x in e["initial_state"]), strict=True)
+        if ours:
+            x = [strided(leaf) for leaf in leaves]
+            args = {"chunk_lens": chunk_lens, "output_final_state": True, "impl": impl}
+            out, (kv, k_sum) = block_linear_attention(*x, **args, **e, **how)
+        else:
+            out, kv, k_sum = oracle(*(x.to(up) for x in leaves), lens, **e, **how)
+            out = out.to(outward)
+        results = {"out": out, "kv": kv, "k_sum": k_sum}
+        loss = (out.to(up) * upstream.to(up)).sum() + kv.square().sum() / 100 + k_sum.sum()
+        return results | dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+    got, exact, base = run(True, torch.float32), run(False, torch.float64), run(False, torch.float32)
+    for name, value in got.items():
+        factor = 2 if name in ("out", "kv", "k_sum") else 3
+        assert_close_to_fp64(value, exact[name], base[name], factor=factor, ulps=8, name=name)

@@ -5,50 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import NATIVE_ISAS
-from helpers import assert_close_to_fp64, randn, strided
-from linear_oracle import inputs, lens_of, options, oracle, to
-from torch import Tensor
+from helpers import randn
+from linear_oracle import EVERY, compare, inputs, options, to
 
 from hhattn import block_linear_attention
 
 pytestmark = pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EVERY = {"rope", "key_gate", "chunk_decay", "initial_state"}
-
-
-def compare(dtype: torch.dtype, sizes: tuple[int, ...], chunk_lens: object, names: set[str], **how: object) -> None:
-    """Outputs, states and gradients of everything that has one, beside the recurrence in the same dtype."""
-    batch, tokens, heads, kv_heads, dim, dim_v = sizes
-    lens = lens_of(chunk_lens, tokens)
-    given = [x.to(dtype) for x in inputs(batch, tokens, heads, kv_heads, dim, dim_v)]
-    extra = options(batch, tokens, heads, dim, dim_v, len(lens), names)
-    upstream = randn(batch, tokens, heads, dim_v, dtype=torch.float64, seed=9)
-
-    def run(ours: bool, up: torch.dtype) -> dict[str, Tensor]:
-        outward = torch.float64 if up == torch.float64 else dtype
-        leaves = [x.detach().to(outward).requires_grad_() for x in given]
-        e = {n: to(x, torch.float64 if up == torch.float64 else torch.float32) for n, x in extra.items()}
-        named = dict(zip("qkv", leaves, strict=True))
-        for name in ("key_gate", "decay"):
-            if name in e:
-                named[name] = e[name].requires_grad_()
-        if "initial_state" in e:
-            named |= zip(("kv_0", "k_sum_0"), (x.requires_grad_() for x in e["initial_state"]), strict=True)
-        if ours:
-            x = [strided(leaf) for leaf in leaves]
-            args = {"chunk_lens": chunk_lens, "output_final_state": True, "impl": "cpp"}
-            out, (kv, k_sum) = block_linear_attention(*x, **args, **e, **how)
-        else:
-            out, kv, k_sum = oracle(*(x.to(up) for x in leaves), lens, **e, **how)
-            out = out.to(outward)
-        results = {"out": out, "kv": kv, "k_sum": k_sum}
-        loss = (out.to(up) * upstream.to(up)).sum() + kv.square().sum() / 100 + k_sum.sum()
-        return results | dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-    got, exact, base = run(True, torch.float32), run(False, torch.float64), run(False, torch.float32)
-    for name, value in got.items():
-        factor = 2 if name in ("out", "kv", "k_sum") else 3
-        assert_close_to_fp64(value, exact[name], base[name], factor=factor, ulps=8, name=name)
 
 
 @pytest.mark.usefixtures("isa", "poisoned_empty")
@@ -60,7 +23,7 @@ def compare(dtype: torch.dtype, sizes: tuple[int, ...], chunk_lens: object, name
 )
 def test_every_instruction_set(dtype: torch.dtype, sizes: tuple[int, ...], chunk_lens: object) -> None:
     """Groups of heads, tiles cut short, dims that fill no vector, strides, and every option at once."""
-    compare(dtype, sizes, chunk_lens, EVERY, eps=1e-3)
+    compare("cpp", dtype, sizes, chunk_lens, EVERY, eps=1e-3)
 
 
 @pytest.mark.usefixtures("isa")
@@ -70,7 +33,7 @@ def test_every_instruction_set(dtype: torch.dtype, sizes: tuple[int, ...], chunk
 )
 def test_every_map(maps: tuple[str, str | None], normalize: bool) -> None:
     how = {"feature_map": maps[0], "numerator_map": maps[1], "normalize": normalize, "eps": 1e-3}
-    compare(torch.float32, (1, 40, 2, 1, 20, 10), 16, {"rope", "decay"}, **how)
+    compare("cpp", torch.float32, (1, 40, 2, 1, 20, 10), 16, {"rope", "decay"}, **how)
 
 
 def test_the_same_bits_on_any_number_of_threads() -> None:

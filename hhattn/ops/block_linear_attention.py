@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn._scan import prefix, share
-from hhattn.ops import _amp, _check
+from hhattn.ops import _amp, _check, _linear, _triton
 from hhattn.reference import block_linear_attention as _reference
 
-OP = "block_linear_attention"
+OP = _linear.OP
 FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
 # float64 too, so that gradients can be checked against finite differences
 _DTYPES = (*_check.DTYPES, torch.float64)
@@ -210,7 +211,7 @@ def block_linear_attention(
         initial_state: what earlier calls left, a :class:`LinearAttentionState` or (kv [B, H, D, Dv], k_sum [B, H, D]).
             Calls on consecutive whole chunks, the state handed on, give what one call on all of them gives.
         output_final_state: also return the state after the last chunk.
-        impl: "reference", "cpp"; None chooses.
+        impl: "reference", "cpp", "triton"; None chooses.
 
     Gates, decays and states of H_kv heads are accepted too; a returned state has q's H heads.
 
@@ -256,23 +257,36 @@ def block_linear_attention(
 _dispatch.register(OP, "reference", transforms=True)(_reference.block_linear_attention)
 
 
-def _cpp_can_run(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **how: Any) -> str | None:
-    if (reason := _ext.why_missing()) or q is None:
-        return reason
-    if q.device.type != "cpu":
-        return f"q is on {q.device}; cpp runs on the CPU"
+def _refused(impl: str, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None) -> str | None:
+    """What the kernels of either ``impl`` don't take."""
     if q.dtype == torch.float64:
-        return "q is float64; cpp takes float32, float16 and bfloat16"
-    if how["rope"] is not None and torch.is_grad_enabled() and any(x.requires_grad for x in how["rope"]):
-        return "rope needs a gradient, which cpp doesn't make"
+        return f"q is float64; {impl} takes float32, float16 and bfloat16"
+    if rope is not None and torch.is_grad_enabled() and any(x.requires_grad for x in rope):
+        return f"rope needs a gradient, which {impl} doesn't make"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x is not None and x.shape[3] > 1 and x.stride(3) != 1:
+        if x.shape[3] > 1 and x.stride(3) != 1:
             return f"the last dim of {name} is not contiguous (stride {x.stride(3)})"
     return None
 
 
-@_dispatch.register(OP, "cpp", _cpp_can_run)
-def _run_cpp(
+def _cpp_can_run(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **how: Any) -> str | None:
+    if (reason := _ext.why_missing()) or q is None or k is None or v is None:
+        return reason
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; cpp runs on the CPU"
+    return _refused("cpp", q, k, v, how["rope"])
+
+
+def _triton_can_run(
+    q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **how: Any
+) -> str | None:
+    if (reason := _triton.why_not(q)) or q is None or k is None or v is None:
+        return reason
+    return _refused("triton", q, k, v, how["rope"])
+
+
+def _run(
+    namespace: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -288,20 +302,27 @@ def _run_cpp(
     initial_state: tuple[Tensor, Tensor] | None,
     output_final_state: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Sums of the chunks, their prefix, outputs of the tokens: what is as long as the clip is native."""
+    """Sums of the chunks, their prefix, outputs of the tokens: what is as long as the clip is ``namespace``'s work."""
+    ops = getattr(torch.ops, namespace)
     maps = FEATURE_MAPS.index(feature_map), FEATURE_MAPS.index(numerator_map)
     chunks = _lengths(chunk_lens, q.shape[1])
-    # a row for every token, halves or floats, contiguous: float64 and strides are rare and tables small
-    cos, sin = (None, None) if rope is None else (x.contiguous().to(_table_dtype(x)) for x in rope)
+    # a row for every token, halves or floats, contiguous: float64 and strides are rare and tables small; on a GPU a
+    # table is read once a head, so a number that stands twice is read once
+    step = 2 if namespace == _triton.NAMESPACE else 1
+    cos, sin = (None, None) if rope is None else (x[:, ::step].contiguous().to(_table_dtype(x)) for x in rope)
     gate = None if key_gate is None else key_gate.float().contiguous()
-    kv, k_sum = torch.ops.hhattn.block_linear_sums(k, v, gate, cos, sin, *chunks, *maps)
+    kv, k_sum = ops.block_linear_sums(k, v, gate, cos, sin, *chunks, *maps)
     kv_0, k_sum_0 = (None, None) if initial_state is None else initial_state
     decay = None if decay is None else decay.float()
     groups = q.shape[2] // k.shape[2]
     kv, k_sum = (prefix(share(x, groups), decay, x_0).contiguous() for x, x_0 in ((kv, kv_0), (k_sum, k_sum_0)))
-    out = torch.ops.hhattn.block_linear_outputs(q, kv, k_sum, cos, sin, *chunks, *maps, normalize, eps)
+    out = ops.block_linear_outputs(q, kv, k_sum, cos, sin, *chunks, *maps, normalize, eps)
     # clones: a view of the last chunk's would keep every chunk's sums alive
     return out, (kv[:, :, -1].clone(), k_sum[:, :, -1].clone()) if output_final_state else None
+
+
+_dispatch.register(OP, "cpp", _cpp_can_run)(partial(_run, "hhattn"))
+_dispatch.register(OP, "triton", _triton_can_run)(partial(_run, _triton.NAMESPACE))
 
 
 def _lengths(chunk_lens: int | Sequence[int] | None, tokens: int) -> tuple[int, list[int]]:
@@ -313,66 +334,3 @@ def _lengths(chunk_lens: int | Sequence[int] | None, tokens: int) -> tuple[int, 
 
 def _table_dtype(table: Tensor) -> torch.dtype:
     return torch.float32 if table.dtype == torch.float64 else table.dtype
-
-
-def _fake_sums(
-    k: Tensor, v: Tensor, gate: Any, cos: Any, sin: Any, length: int, listed: list[int], *_: Any
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, dim = k.shape
-    chunks = len(listed) or torch.sym_max(1, (tokens + length - 1) // length)
-    shape = (batch, heads, chunks, dim)
-    return k.new_empty(*shape, v.shape[3], dtype=torch.float32), k.new_empty(shape, dtype=torch.float32)
-
-
-def _save_sums(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.length, ctx.listed, ctx.phi, ctx.psi = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _sums_gradients(ctx: Any, dkv: Tensor, dk_sum: Tensor) -> tuple[Any, ...]:
-    k, v, gate, *tables = ctx.saved_tensors
-    dkv, dk_sum = dkv.contiguous(), dk_sum.contiguous()
-    how = (ctx.length, ctx.listed, ctx.phi, ctx.psi)
-    dk, dv, dgate = torch.ops.hhattn.block_linear_sums_backward(dkv, dk_sum, k, v, gate, *tables, *how)
-    return dk, dv, None if gate is None else dgate, *(None,) * 6
-
-
-def _fake_sums_backward(
-    dkv: Tensor, dk_sum: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return k.new_empty(k.shape), v.new_empty(v.shape), k.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-
-
-def _fake_outputs(q: Tensor, kv: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(*q.shape[:3], kv.shape[4])
-
-
-def _save_outputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.length, ctx.listed, ctx.phi, ctx.psi, ctx.normalize, ctx.eps = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _outputs_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    q, kv, k_sum, *tables, out = ctx.saved_tensors
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
-    how = (ctx.length, ctx.listed, ctx.phi, ctx.psi, ctx.normalize, ctx.eps)
-    gradients = torch.ops.hhattn.block_linear_outputs_backward(dout, q, kv, k_sum, out, *tables, *how)
-    return (*gradients, *(None,) * 8)
-
-
-def _fake_outputs_backward(
-    dout: Tensor, q: Tensor, kv: Tensor, k_sum: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), kv.new_empty(kv.shape), k_sum.new_empty(k_sum.shape)
-
-
-if _ext.why_missing() is None:
-    for _name, _fake, _gradients, _save in (
-        ("sums", _fake_sums, _sums_gradients, _save_sums),
-        ("sums_backward", _fake_sums_backward, None, None),
-        ("outputs", _fake_outputs, _outputs_gradients, _save_outputs),
-        ("outputs_backward", _fake_outputs_backward, None, None),
-    ):
-        torch.library.register_fake(f"hhattn::block_linear_{_name}", _fake)
-        if _gradients is not None:
-            torch.library.register_autograd(f"hhattn::block_linear_{_name}", _gradients, setup_context=_save)

@@ -1,0 +1,91 @@
+"""What linear attention's Triton kernels do to a tile: feature maps, rotations by rotary tables, and products of
+float32 that keep their accuracy on tensor cores.
+
+A map is a number, as the operators take it: 0 relu, 1 identity, 2 elu + 1, 3 squared relu, 4 softmax over the row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mapped(x, inside, MAP: tl.constexpr):
+    """The map of the rows of ``x`` [T, D] float32; 0 outside, where x is 0."""
+    if MAP == 1:
+        y = x
+    elif MAP == 2:
+        y = tl.where(inside, tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0))), 0.0)
+    elif MAP == 4:
+        e = tl.exp(x - tl.max(tl.where(inside, x, float("-inf")), 1, keep_dims=True))
+        e = tl.where(inside, e, 0.0)
+        y = e / tl.maximum(tl.sum(e, 1, keep_dims=True), 1.0)  # the sum is less in rows outside only
+    else:
+        y = tl.where(x <= 0, 0.0, x)  # a NaN stays one
+        if MAP == 3:
+            y = y * y
+    return y
+
+
+@triton.jit
+def map_gradient(x, inside, g, MAP: tl.constexpr):
+    """The gradient in x, for ``g``, that in the mapped rows."""
+    if MAP == 1:
+        dx = g
+    elif MAP == 2:
+        dx = tl.where(x > 0, g, g * tl.exp(tl.minimum(x, 0.0)))
+    elif MAP == 4:
+        p = mapped(x, inside, MAP)
+        dx = p * (g - tl.sum(p * g, 1, keep_dims=True))
+    elif MAP == 3:
+        dx = g * (2.0 * tl.where(x <= 0, 0.0, x))
+    else:
+        dx = tl.where(x > 0, g, 0.0)
+    return dx
+
+
+@triton.jit
+def angles(p, t, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens ``t`` of a table [S, D/2] of cosines or sines, one a pair: [T, BLOCK_D/2]."""
+    i = tl.arange(0, BLOCK_D // 2)[None, :]
+    return tl.load(p + t[:, None] * (DIM // 2) + i, mask=rows[:, None] & (i < DIM // 2), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rotated(x, cos, sin):
+    """The pairs (x_0, x_1), (x_2, x_3), … of the rows, turned by their angles. A thread holds whole pairs, so nothing
+    moves between threads."""
+    a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), x.shape)
+
+
+@triton.jit
+def _tf32(x):
+    """Rounded to the 10 bits of mantissa that tensor cores take of a float32."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, total, like: tl.constexpr, exact: tl.constexpr):
+    """total + a b, ``a`` float32, on tensor cores, for inputs of the dtype ``like``.
+
+    Unless a is exact in like it goes in as two parts, so that 16 bits of it count (bfloat16) or 22; so does b, where
+    inputs are float32, and else b counts as far as like holds it. Parts of float16 are TF32: sums of many tokens, and
+    what is divided by such a sum, leave float16's range. float32 in three products of TF32 is as good as in its own
+    but for an ulp or two, and there are no tensor cores for it.
+    """
+    if exact:
+        total = tl.dot(a.to(like), b.to(like), total)
+    elif like == tl.bfloat16:
+        high, b = a.to(like), b.to(like)
+        total = tl.dot((a - high.to(tl.float32)).to(like), b, total)
+        total = tl.dot(high, b, total)
+    else:
+        high, b_high = _tf32(a), _tf32(b)
+        if like == tl.float32:
+            total = tl.dot(high, _tf32(b - b_high), total, input_precision="tf32")
+        total = tl.dot(_tf32(a - high), b_high, total, input_precision="tf32")
+        total = tl.dot(high, b_high, total, input_precision="tf32")
+    return total
