@@ -6,13 +6,24 @@ To add a kernel, add a function that returns a :class:`Case` and name it in :dat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from hhattn.kernels import norm_modulate, qk_norm_rope
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from compile_only import Launch, launches
+
+from hhattn.kernels import (
+    block_sparse_attention,
+    block_sparse_attention_tiles,
+    norm_modulate,
+    qk_norm_rope,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Model:
     dim: int
     rows: int  # of modulation: one for the clip, or one a latent frame
     across: bool  # whether q and k are normed over all heads at once
-    chunk: int  # latent frames that linear attention takes together
+    chunk: int  # latent frames that linear attention takes together; 0 where there is none
 
     @property
     def seq(self) -> int:
@@ -40,27 +51,47 @@ class Model:
 # 16 frames a second. Wan's codec takes 4 frames of 8x8 pixels and the transformer 2x2 cells of that; SANA-Video's 8
 # frames of 32x32, the bundled one's 4 frames of 32x32.
 MODELS = (
-    Model("Wan 1.3B", 241, 45 * 80, 12, 128, 1, True, 3),
-    Model("Wan 14B", 241, 45 * 80, 40, 128, 1, True, 3),
+    Model("Wan 1.3B", 241, 45 * 80, 12, 128, 1, True, 0),
+    Model("Wan 14B", 241, 45 * 80, 40, 128, 1, True, 0),
     Model("SANA-Video 2B", 120, 23 * 40, 20, 112, 120, True, 10),
     Model("bundled", 240, 23 * 40, 5, 32, 240, False, 4),
 )
 
 
+def _nothing(launch: Launch) -> Sequence[float]:
+    return ()
+
+
+def _no_products(launch: Launch) -> float:
+    return 0.0
+
+
 @dataclass(frozen=True)
 class Case:
-    """One call for one model.
+    """One call for one model. Of each launch that it makes:
 
-    ``times``: for each kernel that the call launches, by name, how often a program runs each of its hot loops (see
-    ``sass.hot_loops``), on average, in the order in which they stand. ``flops``: the operations that the op needs, by
-    kernel; 0 where no tensor cores are.
+    ``times``: how often a program runs each of the kernel's hot loops (see ``sass.hot_loops``), on average, in the
+    order in which they stand. ``flops``: the operations on matrices that the op needs; 0 where there are none.
+    ``leave_out``: launches of rare cases, which the report doesn't show.
     """
 
     op: str
+    phase: str  # forward or backward
     model: Model
     call: Callable[[], object]
-    times: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    flops: Mapping[str, float] = field(default_factory=dict)
+    times: Callable[[Launch], Sequence[float]] = _nothing
+    flops: Callable[[Launch], float] = _no_products
+    leave_out: Callable[[Launch], bool] = lambda launch: False
+
+    def launches(self, arch: int) -> list[Launch]:
+        """What the call launches on a GPU of that architecture; of launches that share a compilation, the first."""
+        with mock.patch.object(block_sparse_attention_tiles, "architecture", return_value=arch):
+            made = launches(self.call)
+        kept: dict[str, Launch] = {}
+        for launch in made:
+            if not self.leave_out(launch):
+                kept.setdefault(launch.key(arch), launch)
+        return list(kept.values())
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -73,19 +104,18 @@ def _norm_arguments(model: Model) -> tuple[Tensor, ...]:
     return x, row, row.clone(), x.clone(), row.clone()
 
 
-def norm_modulate_forward(model: Model) -> Case:
+def norm_forward(model: Model) -> Case:
     x, scale, shift, residual, gate = _norm_arguments(model)
     args = (x, scale, shift, None, None, residual, gate, True, 1e-6)
-    return Case("norm_modulate", model, lambda: norm_modulate.norm_modulate(*args))
+    return Case("norm_modulate", "forward", model, lambda: norm_modulate.norm_modulate(*args))
 
 
-def norm_modulate_backward(model: Model) -> Case:
+def norm_backward(model: Model) -> Case:
     x, scale, shift, residual, gate = _norm_arguments(model)
-    args = (x, scale, shift, None, None, residual, gate, True, 1e-6)
-    segment = model.seq // model.rows
-    run = segment / math.ceil(segment / norm_modulate.RUN)
-    call = lambda: norm_modulate.norm_modulate_backward(x.clone(), x.clone(), *args)  # noqa: E731
-    return Case("norm_modulate", model, call, {"_backward": [run]})
+    args = (x.clone(), x.clone(), x, scale, shift, None, None, residual, gate, True, 1e-6)
+    run = model.seq // model.rows / math.ceil(model.seq // model.rows / norm_modulate.RUN)
+    call = lambda: norm_modulate.norm_modulate_backward(*args)  # noqa: E731
+    return Case("norm_modulate", "backward", model, call, lambda launch: [run])
 
 
 def _rope_arguments(model: Model) -> tuple[object, ...]:
@@ -95,20 +125,70 @@ def _rope_arguments(model: Model) -> tuple[object, ...]:
     return (q, q.clone(), angles, angles.clone(), weight, weight, None, None, 1, model.across, True, 1e-6, 0, None)
 
 
-def qk_norm_rope_forward(model: Model) -> Case:
+def rope_forward(model: Model) -> Case:
     args = _rope_arguments(model)
-    return Case("qk_norm_rope", model, lambda: qk_norm_rope.qk_norm_rope(*args))
+    return Case("qk_norm_rope", "forward", model, lambda: qk_norm_rope.qk_norm_rope(*args))
 
 
-def qk_norm_rope_backward(model: Model) -> Case:
-    args = _rope_arguments(model)
+def rope_backward(model: Model) -> Case:
+    dq, dk = (meta(1, model.seq, model.heads, model.dim) for _ in range(2))
+    args = (dq, dk, *_rope_arguments(model), False)
     run = model.seq / math.ceil(model.seq / qk_norm_rope.RUN)
-    q = args[0]
-    call = lambda: qk_norm_rope.qk_norm_rope_backward(q.clone(), q.clone(), *args, False)  # noqa: E731
-    return Case("qk_norm_rope", model, call, {"_backward": [run]})
+    call = lambda: qk_norm_rope.qk_norm_rope_backward(*args)  # noqa: E731
+    return Case("qk_norm_rope", "backward", model, call, lambda launch: [run])
 
 
-CASES = (norm_modulate_forward, norm_modulate_backward, qk_norm_rope_forward, qk_norm_rope_backward)
+BLOCK = 128  # queries and keys of a block of the mask
+DENSITY = 0.1  # of the blocks; each is full
+PARTIAL = 8  # blocks more in each row, of which bits say what is attended
+
+
+def _mask(model: Model) -> tuple[Tensor, ...]:
+    """Lists of partial and of full blocks, shared by all heads, and tiles of bits."""
+    n = math.ceil(model.seq / BLOCK)
+    full = round(DENSITY * n)
+    counts = [meta(1, 1, n, dtype=torch.int32) for _ in range(2)]
+    lists = [meta(1, 1, n, width, dtype=torch.int32) for width in (PARTIAL, PARTIAL, full)]
+    return counts[0], lists[0], lists[1], counts[1], lists[2], meta(64, BLOCK, BLOCK // 8, dtype=torch.uint8)
+
+
+def _sparse(model: Model, phase: str, call: Callable[[], object]) -> Case:
+    n = math.ceil(model.seq / BLOCK)
+    blocks = round(DENSITY * n), PARTIAL
+    products = {"_forward": 2, "_dq": 3, "_dkv": 4}
+
+    def times(launch: Launch) -> Sequence[float]:
+        """A program follows both lists; other kernels have no loops."""
+        if launch.name not in products:
+            return ()
+        # dk and dv go along a column of the mask, of which the mean length is a row's
+        parts = math.ceil(BLOCK / launch.options["BLOCK_M" if launch.name == "_dkv" else "BLOCK_N"])
+        return [count * parts for count in blocks]
+
+    def flops(launch: Launch) -> float:
+        pairs = n * sum(blocks) * BLOCK * BLOCK
+        return products.get(launch.name, 0) * 2.0 * model.channels * pairs
+
+    # a launch for tiles with values that aren't finite: its programs end at once
+    return Case(
+        "block_sparse_attention", phase, model, call, times, flops, lambda launch: bool(launch.options.get("EXACT"))
+    )
+
+
+def sparse_forward(model: Model) -> Case:
+    qkv = [meta(1, model.seq, model.heads, model.dim) for _ in range(3)]
+    args = (*qkv, *_mask(model), BLOCK, model.dim**-0.5)
+    return _sparse(model, "forward", lambda: block_sparse_attention.block_sparse_attention(*args))
+
+
+def sparse_backward(model: Model) -> Case:
+    dout, q, k, v, out = (meta(1, model.seq, model.heads, model.dim) for _ in range(5))
+    dlse, lse = (meta(1, model.heads, model.seq, dtype=torch.float32) for _ in range(2))
+    args = (dout, dlse, q, k, v, out, lse, *_mask(model), BLOCK, model.dim**-0.5)
+    return _sparse(model, "backward", lambda: block_sparse_attention.block_sparse_attention_backward(*args))
+
+
+CASES = (norm_forward, norm_backward, rope_forward, rope_backward, sparse_forward, sparse_backward)
 
 
 def cases() -> list[Case]:

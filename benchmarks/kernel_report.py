@@ -24,7 +24,7 @@ from kernel_cases import Case, cases
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from compile_only import Compiled, Launch, launches
+from compile_only import Compiled, Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -81,18 +81,20 @@ def execution(instructions: list[sass.Instruction], times: list[float]) -> list[
 def examine(case: Case, launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
     """Everything about one launch."""
     code, hot, problem = compiled.instructions, sass.hot_loops(compiled.instructions), ""
-    times = list(case.times.get(launch.name, []))
+    name = launch.name.strip("_")
+    times = list(case.times(launch))
     if len(times) != len(hot):
         problem = f"{len(hot)} hot loops in the code, times of {len(times)} are given"
         times = (times + [times[-1] if times else 1.0] * len(hot))[: len(hot)]
     warps, programs = compiled.threads // 32, math.prod(launch.grid)
     work = Work(code, execution(code, times), warps, programs, moved_bytes(launch))
-    bodies = [[code[i] for i in sorted(loop.body)] for loop in hot] or [code]
+    everything = [instruction for instruction, there in zip(code, sass.reached(code), strict=True) if there]
+    bodies = [[code[i] for i in sorted(loop.body)] for loop in hot] or [everything]
     once = [Work(body, [1.0] * len(body), warps, 1, 0).cycles(gpu) for body in bodies]
     longest = max(range(len(bodies)), key=lambda i: (times or [1.0])[i] * max(once[i].values()))
     return Row(
         op=case.op,
-        kernel=launch.name.strip("_"),
+        kernel=case.phase if name == case.phase else f"{case.phase}: {name}",
         model=case.model.name,
         gpu=gpu.name,
         warps=warps,
@@ -106,21 +108,17 @@ def examine(case: Case, launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         loop=once[longest],
         prediction=work.predict(gpu),
         executed_flops=work.flops,
-        needed_flops=case.flops.get(launch.name, 0.0),
+        needed_flops=case.flops(launch),
         problem=problem,
     )
 
 
 def rows(chosen: list[Case]) -> list[Row]:
-    """All figures. Launches of one call that share a compilation (q's and k's) are shown once."""
-    pairs = []
-    for case in chosen:
-        distinct = {launch.key(): launch for launch in launches(case.call)}
-        pairs += [(case, launch, gpu) for launch in distinct.values() for gpu in GPUS.values()]
-    out = []
-    for case, launch, gpu in track(pairs, description="compiling", transient=True):
-        out.append(examine(case, launch, launch.compile(gpu.arch), gpu))
-    return out
+    """All figures."""
+    made = [(case, launch, gpu) for case in chosen for gpu in GPUS.values() for launch in case.launches(gpu.arch)]
+    made.sort(key=lambda each: (chosen.index(each[0]), each[1].name))  # a kernel's GPUs together
+    progress = track(made, description="compiling", transient=True)
+    return [examine(case, launch, launch.compile(gpu.arch), gpu) for case, launch, gpu in progress]
 
 
 def table(header: str, lines: list[list[str]]) -> list[str]:

@@ -234,7 +234,7 @@ def test_a_copy_is_bound_by_memory(arch: int) -> None:
     x, y = (torch.empty(1 << 30, dtype=torch.float32, device="meta") for _ in range(2))
     (launch,) = launches(lambda: _copy[((1 << 30) // 4096,)](x, y, BLOCK=4096))
     assert kernel_report.moved_bytes(launch) == 8 << 30
-    case = kernel_cases.Case("copy", kernel_cases.MODELS[0], lambda: None)
+    case = kernel_cases.Case("copy", "forward", kernel_cases.MODELS[0], lambda: None)
     row = kernel_report.examine(case, launch, launch.compile(arch), GPUS[arch])
     assert not row.problem
     assert row.mix["LDG"] == row.mix["STG"] == 4096 // 128 // 4, "16 bytes at once"
@@ -254,7 +254,8 @@ def test_a_wrong_number_of_loops_is_said() -> None:
     x = torch.empty(64, 64, dtype=torch.bfloat16, device="meta")
     call = lambda: _products[(1,)](x, x, x, 7, M=64, N=64, K=64, num_stages=1)  # noqa: E731
     (launch,) = launches(call)
-    case = kernel_cases.Case("product", kernel_cases.MODELS[0], call, times={"_products": [7.0, 8.0]})
+    times = lambda launch: [7.0, 8.0]  # noqa: E731
+    case = kernel_cases.Case("product", "forward", kernel_cases.MODELS[0], call, times)
     row = kernel_report.examine(case, launch, launch.compile(80), GPUS[80])
     assert row.problem == "1 hot loops in the code, times of 2 are given"
     assert "product" in "\n".join(kernel_report.sections([row]))
@@ -269,6 +270,17 @@ def test_without_a_gpu_make_gpu_says_so_and_succeeds() -> None:
     assert run.stdout.startswith("make gpu: no CUDA GPU here")
     assert run.stdout.count("\n") == 1
     assert not run.stderr
+
+
+@compiles
+def test_every_case_launches_for_its_architecture() -> None:
+    """Calls launch kernels, no two of which share a compilation; tiles are those of the architecture."""
+    for case in kernel_cases.cases():
+        keys = [launch.key(90) for launch in case.launches(90)]
+        assert keys
+        assert len(set(keys)) == len(keys)
+    tiles = {arch: kernel_cases.sparse_forward(kernel_cases.MODELS[0]).launches(arch)[0].options for arch in ARCHS}
+    assert tiles[80]["BLOCK_N"] < tiles[90]["BLOCK_N"]
 
 
 @compiles
