@@ -21,6 +21,7 @@ FAULTS = {
     "blocks_write": ("race",),
     "block_reads": ("race",),
     "threads_in_block": ("race",),
+    "blocks_store_the_same": ("race",),
     "plain_add": ("race",),
     "uninitialized_shared": ("uninitialized",),
     "stale_output": ("uninitialized",),

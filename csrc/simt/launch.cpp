@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <numeric>
+#include <set>
 
 #include "machine.h"
 
@@ -161,7 +162,7 @@ void leave() {
 void yield(Site site) {
   machine.fiber->at = site;
   machine.fiber->waits_for = "a condition it polls";
-  if (++machine.waited > 10'000'000) {
+  if (++machine.waited > 2'000'000) {
     describe_deadlock();
     stop();
   }
@@ -256,8 +257,7 @@ static std::vector<unsigned> block_order(unsigned blocks) {
 // The next warp with a ready lane, over all resident blocks; null when all wait.
 static Warp *pick_warp(Block *&block) {
   const auto &all = machine.resident;
-  static unsigned turn = 0;
-  unsigned first_block = machine.options.seed ? draw(all.size()) : turn++ % all.size();
+  unsigned first_block = machine.options.seed ? draw(all.size()) : machine.turn++ % all.size();
   for (unsigned i = 0; i < all.size(); i++) {
     block = all[(first_block + i) % all.size()].get();
     unsigned first = machine.options.seed ? draw(machine.warps) : block->next_warp++ % machine.warps;
@@ -353,7 +353,8 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   Machine &m = machine;
-  m.kernel = kernel;
+  static std::set<std::string> names;
+  m.kernel = names.insert(kernel).first->c_str();
   m.body = body;
   m.params = params;
   m.grid = {grid[0], grid[1], grid[2]};
@@ -364,6 +365,7 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
   m.host_stack = static_cast<const char *>(__builtin_frame_address(0));
   m.stopped = false;
   m.waited = 0;
+  m.turn = 0;
   m.first_serial = m.serial;
   m.serials.clear();
   m.random = 0x9e3779b97f4a7c15 * (m.options.seed + 1);

@@ -164,7 +164,7 @@ struct Counter {  // of one instruction: requests of warps, the passes or sector
   long requests = 0, lanes = 0, cost = 0, minimum = 0;
 };
 struct CounterKey {
-  std::string kernel;
+  const char *kernel;  // interned, as machine.kernel is
   Site site;
   unsigned bytes;
   bool global, write;
@@ -182,7 +182,7 @@ struct Machine {
   Options options;
   uint64_t random = 1;
   // the launch
-  const char *kernel = "";
+  const char *kernel = "";  // one pointer for each name
   Dim3 grid, block_dim;
   unsigned threads = 0, warps = 0;
   size_t shared_bytes = 0, static_bytes = 0;
@@ -193,6 +193,7 @@ struct Machine {
   std::vector<unsigned> serials;  // linear index of each block of the launch, by serial
   std::vector<std::unique_ptr<Block>> resident, idle;
   unsigned long waited = 0;  // yields since something moved
+  unsigned turn = 0;         // which resident block is next
   Body body = nullptr;
   const void *params = nullptr;
   void *host_sp = nullptr;

@@ -186,10 +186,10 @@ static void read_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned 
 static void write_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned mask, Access kind, Site site, bool benign) {
   const Block &b = *machine.block;
   bool atomic = kind == Access::atomic;
-  if (in_launch(c.write_block) && c.wrote & mask && !benign && !(atomic && c.atomic)) {
-    if (c.write_block != b.serial)
+  if (in_launch(c.write_block) && c.wrote & mask && !(atomic && c.atomic)) {
+    if (c.write_block != b.serial)  // whatever the value: no compiler replicates a block
       report(site, "race", "%s+%zu: written after a write by block %u of the same launch", t.name.c_str(), offset, linear(c.write_block));
-    else if (!ordered(c.writer, c.write_clock))
+    else if (!benign && !ordered(c.writer, c.write_clock))
       race(site, t.name.c_str(), plus(offset), "written after a write by", c.writer);
   }
   if (in_launch(c.read_block) && c.read & mask) {

@@ -57,9 +57,10 @@ void mem_read(const void *p, unsigned n, Site = Site::here());                  
 void mem_write(void *p, unsigned n, const void *value, Site = Site::here());         // checks and stores; see below
 void mem_atomic(const void *p, unsigned n, Site = Site::here());                     // check only: the caller loads and stores
 void *shared_ptr(uint32_t address, Site = Site::here());                             // stops the launch outside of shared memory
-uint32_t shared_address(const void *p, Site = Site::here());                         // cvta.to.shared, mapa-less
+uint32_t shared_address(const void *p, Site = Site::here());                         // cvta.to.shared
 void *dynamic_shared();                                                              // = shared_ptr(SHARED_BASE)
-// Two threads storing the same value to the same place without order between them is no race: compilers let replicated lanes do it.
+// Two threads of a block storing the same value to the same place with no order between them is no race: compilers let replicated
+// lanes do it. Atomics don't race with one another and order nothing else.
 
 // ---- threads meet
 // bar.sync / bar.red id, count (0: all live threads). aligned: every lane of a warp must come from the same place.

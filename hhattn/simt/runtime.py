@@ -102,7 +102,7 @@ def library() -> Path:
     if not SOURCES.is_dir():
         raise RuntimeError(f"hhattn.simt is built from the source tree's csrc/simt, and {SOURCES} isn't there")
     files = [SOURCES / f"{name}.cpp" for name in (*LIBRARY, "python")]
-    flags = (*FLAGS, "-O2", "-g1", "-Wall")
+    flags = (*FLAGS, "-O3", "-g1", "-Wall")
     own = [SOURCES / f"{name}.h" for name in HEADERS]
     folder = cache_dir() / f"lib-{digest(flags, sys.version, *files, *own)}"
     target = folder / "libsimt.so"

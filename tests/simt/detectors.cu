@@ -90,6 +90,13 @@ KERNEL threads_in_block(const float *x, float *y) {
 }
 ENTRY run_threads_in_block(int bug, const float *x, float *y) { RUN(threads_in_block, dim3(1), dim3(64), 0, x, y); }
 
+// Threads of a block may store the same value to the same place, as compilers make replicated lanes do; blocks may not.
+KERNEL blocks_store_the_same(const float *, float *y) {
+  float one = 1;
+  simt::mem_write(y + (Bug ? 0 : blockIdx.x), 4, &one);
+}
+ENTRY run_blocks_store_the_same(int bug, const float *x, float *y) { RUN(blocks_store_the_same, dim3(2), dim3(32), 0, x, y); }
+
 KERNEL plain_add(const float *x, float *y) {
   if (Bug)
     y[0] += x[threadIdx.x];
