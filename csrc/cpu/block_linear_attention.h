@@ -4,23 +4,23 @@
 //   outputs of a chunk  out_p = (R_p ψ(q_p))ᵀ KV / (φ(q_p)ᵀ K + eps)
 //
 // and the gradients of both. kTokens tokens of a head are mapped and rotated at a time, in the nearest caches; what is made of
-// them goes into one matrix product and is never written out.
+// them goes into one matrix product and is never written out. Heads that lie side by side in memory take turns at the same
+// tokens, and each one's rows are asked for while those of the one before are multiplied.
 #pragma once
 
-#include "feature_map.h"
 #include "gemm.h"
-#include "tiles.h"
+#include "linear_rows.h"
+#include "stream.h"
 
 namespace hhattn::HHATTN_ISA {
 
-inline constexpr int64_t kTokens = 64;
-
-// Scratch: matrices of kTokens rows, of D and Dv up to whole vectors, rows, and two D x Dv matrices.
+// Scratch: matrices of kTokens rows, of D and Dv up to whole vectors, rows, and D x Dv matrices; of `matrix`, `weights` and `sum`
+// there is one a head.
 struct LinearScratch {
   float *raw, *psi, *keyed, *valued, *gradient, *cos, *sin, *phi, *spare, *weights, *factors, *matrix, *transposed, *sum;
 };
 
-inline int64_t lay_out(const LinearMaps& m, float* base, LinearScratch& t) {
+inline int64_t lay_out(const LinearMaps& m, int64_t heads, float* base, LinearScratch& t) {
   const int64_t width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
   Layout layout(base);
   t.raw = layout.take(kTokens * width);
@@ -32,37 +32,32 @@ inline int64_t lay_out(const LinearMaps& m, float* base, LinearScratch& t) {
   t.sin = layout.take(kTokens * width);
   t.phi = layout.take(width);
   t.spare = layout.take(width);
-  t.weights = layout.take(width);
+  t.weights = layout.take(heads * width);
   t.factors = layout.take(kTokens);
-  t.matrix = layout.take(m.dim * v_width);
+  t.matrix = layout.take(heads * m.dim * v_width);
   t.transposed = layout.take(m.v_dim * width);
-  t.sum = layout.take(width);
+  t.sum = layout.take(heads * width);
   return layout.taken();
 }
 
-inline int64_t block_linear_scratch(const LinearMaps& m) {
+inline int64_t block_linear_scratch(const LinearMaps& m, int64_t heads) {
   LinearScratch t;
-  return lay_out(m, nullptr, t);
+  return lay_out(m, heads, nullptr, t);
 }
 
-// Asks for rows that are copied soon: one head's lie far apart, where the hardware doesn't look ahead.
-inline void prefetch_rows(const Heads& x, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim) {
-  const int64_t size = size_of(x.in.dtype);
-  for (int64_t s = begin; s < end; ++s) {
-    prefetch(static_cast<const char*>(x.in.data) + (b * x.batch + s * x.token + h * x.head) * size, dim * size);
-  }
-}
-
-// The rotary tables' rows of `rows` tokens.
-struct Angles {
-  const float *cos, *sin;
-  int64_t stride;
+// The tokens and the head that come after `rows` tokens from `at` on of the i-th head of a piece; no tokens at its end.
+struct Next {
+  int64_t token, head, rows;
 };
+inline Next next_of(const LinearPiece& p, int64_t at, int64_t rows, int64_t i) {
+  if (i + 1 < p.heads) return {at, p.h + i + 1, rows};
+  return {at + rows, p.h, std_min(kTokens, p.end - at - rows)};
+}
 
 inline Angles load_angles(const LinearMaps& m, int64_t token, int64_t rows, const LinearScratch& t) {
   if (!m.cos.in.data) return {};
-  const bool floats = m.cos.in.dtype == DType::f32 && m.sin.in.dtype == DType::f32 && m.cos.token == m.sin.token;
-  if (floats) {
+  const bool floats = m.cos.in.dtype == DType::f32 && m.sin.in.dtype == DType::f32;
+  if (floats && m.cos.token == m.sin.token && m.dim % kLanes == 0) {
     const int64_t at = token * m.cos.token;
     return {static_cast<const float*>(m.cos.in.data) + at, static_cast<const float*>(m.sin.in.data) + at, m.cos.token};
   }
@@ -72,97 +67,92 @@ inline Angles load_angles(const LinearMaps& m, int64_t token, int64_t rows, cons
 }
 
 // R ψ of one row.
-inline void map_and_rotate(const LinearMaps& m, const float* raw, const Angles& angles, int64_t r, float* psi) {
+inline void map_and_rotate_row(const LinearMaps& m, const float* raw, const Angles& angles, int64_t r, float* psi) {
   apply_map(m.psi, raw, m.dim, psi);
   if (angles.cos) rotate(psi, angles.cos + r * angles.stride, angles.sin + r * angles.stride, m.dim);
 }
 
-inline float dot(const float* a, const float* b, int64_t n) {
-  return reduce(n, [&](int64_t i, auto w) {
-    constexpr int N = decltype(w)::value;
-    return F32::load<N>(a + i) * F32::load<N>(b + i);
+// x [rows, width], each divided by its factor if there are any, into rows of n elements at `at`, `stride` apart: products, but
+// where a reciprocal overflows.
+inline void store_quotients(const LinearOutputs& a, int64_t at, int64_t rows, float* x, const float* factors) {
+  const int64_t n = a.maps.v_dim, width = round_up(n, kLanes);
+  with_dtype(a.out.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool streamed = a.stream && can_stream<T>(a.out.data, n) && n * sizeof(typename T::Element) % 64 == 0;
+    auto* to = static_cast<typename T::Element*>(a.out.data) + at;
+    for (int64_t r = 0; r < rows; ++r, to += a.heads * n, x += width) {
+      float once = factors ? 1 / factors[r] : 1.0f;
+      if (__builtin_isinf(once)) {
+        divide(x, factors[r], width);
+        once = 1;
+      }
+      sweep(n, [&](int64_t d, auto w) {
+        constexpr int N = decltype(w)::value;
+        put<T, N>(to + d, F32::load<N>(x + d) * once, streamed);
+      });
+    }
   });
 }
 
-inline void add_scaled(const float* x, float factor, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    F32::store<kLanes>(to + i, F32::load<kLanes>(to + i) + F32::load<kLanes>(x + i) * factor);
-  }
-}
-
-inline void scale(float* x, float factor, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) F32::store<kLanes>(x + i, F32::load<kLanes>(x + i) * factor);
-}
-
-inline void add_up(const float* x, int64_t n, float* to) {
-  sweep(n, [&](int64_t i, auto w) {
-    constexpr int N = decltype(w)::value;
-    F32::store<N>(to + i, F32::load<N>(to + i) + F32::load<N>(x + i));
-  });
-}
-
-// x [rows, n] contiguous into rows of whole vectors, zeros behind.
-inline void pad_rows(const float* x, int64_t rows, int64_t n, float* to) {
-  const int64_t width = round_up(n, kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy(to + r * width, x + r * n, n * sizeof(float));
-    memset(to + r * width + n, 0, (width - n) * sizeof(float));
-  }
-}
-
-inline Heads matrix_of(const float* x, int64_t columns) { return {{x, DType::f32}, 0, columns, 0}; }
-
-// Adds t.matrix and t.sum to kv [D, Dv] and k_sum [D] when it is this piece's turn; the first writes them.
-inline void add_to_sums(const LinearMaps& m, const LinearPiece& p, const LinearScratch& t, float* kv, float* k_sum) {
+// Adds a piece's i-th head's matrix and sum to kv [D, Dv] and k_sum [D] when it is this piece's turn; the first writes them.
+inline void add_to_sums(const LinearMaps& m, const LinearPiece& p, const LinearScratch& t, int64_t i, float* kv, float* k_sum) {
   const int64_t v_width = round_up(m.v_dim, kLanes);
-  wait_for_turn(p.turn, p.rank);
+  const float *matrix = t.matrix + i * m.dim * v_width, *sum = t.sum + i * round_up(m.dim, kLanes);
+  kv += i * p.step * m.dim * m.v_dim;
+  k_sum += i * p.step * m.dim;
+  wait_for_turn(p.turn + i * p.step, p.rank);
   if (p.rank == 0) {
-    store_rows({kv, DType::f32}, 0, m.v_dim, m.dim, m.v_dim, t.matrix, v_width);
-    memcpy(k_sum, t.sum, m.dim * sizeof(float));
+    store_rows({kv, DType::f32}, 0, m.v_dim, m.dim, m.v_dim, matrix, v_width);
+    memcpy(k_sum, sum, m.dim * sizeof(float));
   } else {
-    for (int64_t d = 0; d < m.dim; ++d) add_up(t.matrix + d * v_width, m.v_dim, kv + d * m.v_dim);
-    add_up(t.sum, m.dim, k_sum);
+    for (int64_t d = 0; d < m.dim; ++d) add_up(matrix + d * v_width, m.v_dim, kv + d * m.v_dim);
+    add_up(sum, m.dim, k_sum);
   }
-  end_turn(p.turn, p.rank);
+  end_turn(p.turn + i * p.step, p.rank);
+}
+
+// Sums of the i-th head over `rows` tokens from `at` on.
+inline void add_tokens(const LinearSums& a, const LinearPiece& p, int64_t i, int64_t at, int64_t rows, const Angles& angles,
+                       const LinearScratch& t) {
+  const LinearMaps& m = a.maps;
+  const int64_t b = p.b, h = p.h + i, width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
+  const MappedRows phi = rows_of(a.k, b, at, h, rows, m.dim, m.phi, t.raw);
+  const MappedRows psi = m.phi == m.psi ? phi : rows_of(a.k, b, at, h, rows, m.dim, m.psi, t.keyed);
+  add_mapped(phi, rows, width, t.spare, t.sum + i * width);
+  map_and_rotate(psi, angles, rows, width, t.psi);
+  for (int64_t r = 0; a.gate && r < rows; ++r) scale(t.psi + r * width, a.gate[(b * a.tokens + at + r) * a.heads + h], width);
+  copy_rows(a.v, b, at, h, rows, m.v_dim, t.valued);
+  const Next next = next_of(p, at, rows, i);
+  const int64_t times = calls_of(m.dim, v_width, rows);
+  Ahead k(a.k, b, next.token, next.head, next.rows, m.dim, times), v(a.v, b, next.token, next.head, next.rows, m.v_dim, times);
+  multiply<A::by_columns, true>(m.dim, v_width, rows, t.psi, width, t.valued, v_width, t.matrix + i * m.dim * v_width, v_width,
+                                [&] { k(), v(); });
+  k.rest(), v.rest();
 }
 
 // Sums over a piece's tokens, into kv [D, Dv] and k_sum [D] of its chunk.
 inline void block_linear_sums(const LinearSums& a, const LinearPiece& p, float* kv, float* k_sum, float* scratch) {
-  const auto [b, h, begin, end, rank, turn] = p;
   const LinearMaps& m = a.maps;
   LinearScratch t;
-  lay_out(m, scratch, t);
-  const int64_t width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
-  memset(t.matrix, 0, m.dim * v_width * sizeof(float));
-  memset(t.sum, 0, width * sizeof(float));
-  for (int64_t at = begin; at < end; at += kTokens) {
-    const int64_t rows = std_min(kTokens, end - at);
+  lay_out(m, p.heads, scratch, t);
+  memset(t.matrix, 0, p.heads * m.dim * round_up(m.v_dim, kLanes) * sizeof(float));
+  memset(t.sum, 0, p.heads * round_up(m.dim, kLanes) * sizeof(float));
+  for (int64_t at = p.begin; at < p.end; at += kTokens) {
+    const int64_t rows = std_min(kTokens, p.end - at);
     const Angles angles = load_angles(m, at, rows, t);
-    copy_rows(a.k, b, at, h, rows, m.dim, t.raw);
-    copy_rows(a.v, b, at, h, rows, m.v_dim, t.valued);
-    memset(t.spare, 0, width * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) {
-      apply_map(m.phi, t.raw + r * width, m.dim, t.phi);
-      add_scaled(t.phi, 1, width, t.spare);
-      map_and_rotate(m, t.raw + r * width, angles, r, t.psi + r * width);
-      if (a.gate) scale(t.psi + r * width, a.gate[(b * a.tokens + at + r) * a.heads + h], width);
-    }
-    add_scaled(t.spare, 1, width, t.sum);
-    prefetch_rows(a.k, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
-    prefetch_rows(a.v, b, h, at + rows, std_min(at + rows + kTokens, end), m.v_dim);
-    multiply<A::by_columns, true>(m.dim, v_width, rows, t.psi, width, t.valued, v_width, t.matrix, v_width);
+    for (int64_t i = 0; i < p.heads; ++i) add_tokens(a, p, i, at, rows, angles, t);
   }
-  add_to_sums(m, p, t, kv, k_sum);
+  for (int64_t i = 0; i < p.heads; ++i) add_to_sums(m, p, t, i, kv, k_sum);
 }
 
 // Gradients of the above: of k and v (contiguous [B, S, H, D]), and of the gate [B, S, H].
 inline void block_linear_sums_backward(const LinearSumsBackward& g, const LinearPiece& p, const float* dkv,
                                        const float* dk_sum, float* scratch) {
-  const auto [b, h, begin, end, rank, turn] = p;
+  const int64_t b = p.b, h = p.h, begin = p.begin, end = p.end;
   const LinearSums& a = g.forward;
   const LinearMaps& m = a.maps;
   LinearScratch t;
-  lay_out(m, scratch, t);
+  lay_out(m, p.heads, scratch, t);
   const int64_t width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
   pad_rows(dkv, m.dim, m.v_dim, t.matrix);
   load_columns(matrix_of(dkv, m.v_dim), 0, 0, 0, m.dim, m.v_dim, 1, width, t.transposed);
@@ -177,7 +167,7 @@ inline void block_linear_sums_backward(const LinearSumsBackward& g, const Linear
     multiply<A::by_rows, false>(rows, width, m.v_dim, t.valued, v_width, t.transposed, width, t.keyed, width);
     for (int64_t r = 0; r < rows; ++r) {
       float *psi = t.psi + r * width, *dpsi = t.keyed + r * width;
-      map_and_rotate(m, t.raw + r * width, angles, r, psi);
+      map_and_rotate_row(m, t.raw + r * width, angles, r, psi);
       if (a.gate) {
         const float gate = a.gate[place + r * a.heads];
         g.dgate[place + r * a.heads] = dot(psi, dpsi, m.dim);
@@ -196,32 +186,39 @@ inline void block_linear_sums_backward(const LinearSumsBackward& g, const Linear
   }
 }
 
+// Outputs of the i-th head for `rows` tokens from `at` on.
+inline void token_outputs(const LinearOutputs& a, const LinearPiece& p, int64_t i, int64_t at, int64_t rows, const Angles& angles,
+                          const LinearScratch& t) {
+  const LinearMaps& m = a.maps;
+  const int64_t b = p.b, h = p.h + i, width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
+  const MappedRows phi = rows_of(a.q, b, at, h, rows, m.dim, m.phi, t.raw);
+  const MappedRows psi = m.phi == m.psi ? phi : rows_of(a.q, b, at, h, rows, m.dim, m.psi, t.keyed);
+  if (a.normalize) weigh(phi, rows, width, t.weights + i * width, a.eps, t.factors);
+  map_and_rotate(psi, angles, rows, width, t.psi);
+  const Next next = next_of(p, at, rows, i);
+  Ahead q(a.q, b, next.token, next.head, next.rows, m.dim, calls_of(rows, v_width, m.dim));
+  multiply<A::by_rows, false>(rows, v_width, m.dim, t.psi, width, t.matrix + i * m.dim * v_width, v_width, t.gradient, v_width, q);
+  q.rest();
+  store_quotients(a, ((b * a.tokens + at) * a.heads + h) * m.v_dim, rows, t.gradient, a.normalize ? t.factors : nullptr);
+}
+
 // Outputs of a piece's tokens, out contiguous [B, S, H, Dv], from kv [D, Dv] and k_sum [D] of its chunk.
 inline void block_linear_outputs(const LinearOutputs& a, const LinearPiece& p, const float* kv, const float* k_sum,
                                  float* scratch) {
-  const auto [b, h, begin, end, rank, turn] = p;
   const LinearMaps& m = a.maps;
-  LinearScratch t;
-  lay_out(m, scratch, t);
   const int64_t width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
-  pad_rows(kv, m.dim, m.v_dim, t.matrix);
-  for (int64_t at = begin; at < end; at += kTokens) {
-    const int64_t rows = std_min(kTokens, end - at);
-    const Angles angles = load_angles(m, at, rows, t);
-    copy_rows(a.q, b, at, h, rows, m.dim, t.raw);
-    for (int64_t r = 0; r < rows; ++r) {
-      if (a.normalize) {
-        apply_map(m.phi, t.raw + r * width, m.dim, t.phi);
-        t.factors[r] = dot(t.phi, k_sum, m.dim) + a.eps;
-      }
-      map_and_rotate(m, t.raw + r * width, angles, r, t.psi + r * width);
-    }
-    prefetch_rows(a.q, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
-    multiply<A::by_rows, false>(rows, v_width, m.dim, t.psi, width, t.matrix, v_width, t.gradient, v_width);
-    for (int64_t r = 0; a.normalize && r < rows; ++r) divide(t.gradient + r * v_width, t.factors[r], v_width);
-    const int64_t place = (b * a.tokens + at) * a.heads + h;
-    store_rows(a.out, place * m.v_dim, a.heads * m.v_dim, rows, m.v_dim, t.gradient, v_width);
+  LinearScratch t;
+  lay_out(m, p.heads, scratch, t);
+  for (int64_t i = 0; i < p.heads; ++i) {
+    pad_rows(kv + i * p.step * m.dim * m.v_dim, m.dim, m.v_dim, t.matrix + i * m.dim * v_width);
+    pad_rows(k_sum + i * p.step * m.dim, 1, m.dim, t.weights + i * width);
   }
+  for (int64_t at = p.begin; at < p.end; at += kTokens) {
+    const int64_t rows = std_min(kTokens, p.end - at);
+    const Angles angles = load_angles(m, at, rows, t);
+    for (int64_t i = 0; i < p.heads; ++i) token_outputs(a, p, i, at, rows, angles, t);
+  }
+  end_stream();
 }
 
 // Gradients of the above: of q (contiguous [B, S, H, D]), and of kv and k_sum, summed like the sums.
@@ -229,11 +226,11 @@ inline void block_linear_outputs(const LinearOutputs& a, const LinearPiece& p, c
 // With u = dout / den and e = −(dout·out) / den:  dψ = R⁻¹ KV u,  dφ = e K,  dKV = Σ R ψ(q) uᵀ,  dK = Σ e φ(q).
 inline void block_linear_outputs_backward(const LinearOutputsBackward& g, const LinearPiece& p, const float* kv,
                                           const float* k_sum, float* dkv, float* dk_sum, float* scratch) {
-  const auto [b, h, begin, end, rank, turn] = p;
+  const int64_t b = p.b, h = p.h, begin = p.begin, end = p.end;
   const LinearOutputs& a = g.forward;
   const LinearMaps& m = a.maps;
   LinearScratch t;
-  lay_out(m, scratch, t);
+  lay_out(m, p.heads, scratch, t);
   const int64_t width = round_up(m.dim, kLanes), v_width = round_up(m.v_dim, kLanes);
   const Heads out{{a.out.data, a.out.dtype}, a.tokens * a.heads * m.v_dim, a.heads * m.v_dim, m.v_dim};
   memset(t.matrix, 0, m.dim * v_width * sizeof(float));
@@ -256,7 +253,7 @@ inline void block_linear_outputs_backward(const LinearOutputsBackward& g, const 
         divide(u, den, v_width);
         add_scaled(t.phi, t.factors[r], width, t.spare);
       }
-      map_and_rotate(m, t.raw + r * width, angles, r, t.psi + r * width);
+      map_and_rotate_row(m, t.raw + r * width, angles, r, t.psi + r * width);
     }
     add_scaled(t.spare, 1, width, t.sum);
     prefetch_rows(a.q, b, h, at + rows, std_min(at + rows + kTokens, end), m.dim);
@@ -277,7 +274,7 @@ inline void block_linear_outputs_backward(const LinearOutputsBackward& g, const 
     const int64_t place = (b * a.tokens + at) * a.heads + h;
     store_rows(g.dq, place * m.dim, a.heads * m.dim, rows, m.dim, t.keyed, width);
   }
-  add_to_sums(m, p, t, dkv, dk_sum);
+  add_to_sums(m, p, t, 0, dkv, dk_sum);
 }
 
 }  // namespace hhattn::HHATTN_ISA

@@ -33,18 +33,22 @@ inline void softmax(const float* x, int64_t n, float* to) {
   each_vector(round_up(n, kLanes), to, to, [&](Vec<kLanes> v) { return v / total; });
 }
 
+// f(function of a vector) with the map, so that the loop inside is compiled for it; any but softmax.
+template <class F>
+inline void with_map(FeatureMap map, const F& f) {
+  using V = Vec<kLanes>;
+  switch (map) {
+    case FeatureMap::relu: return f([](V v) { return relu(v); });
+    case FeatureMap::elu1: return f([](V v) { return v > 0.0f ? v + 1.0f : exp_of_negative(v); });
+    case FeatureMap::relu2: return f([](V v) { return relu(v) * relu(v); });
+    default: return f([](V v) { return v; });
+  }
+}
+
 // to = map(x), n numbers.
 inline void apply_map(FeatureMap map, const float* x, int64_t n, float* to) {
-  using V = Vec<kLanes>;
-  const int64_t width = round_up(n, kLanes);
-  switch (map) {
-    case FeatureMap::relu: return each_vector(width, x, to, [](V v) { return relu(v); });
-    case FeatureMap::identity: return each_vector(width, x, to, [](V v) { return v; });
-    case FeatureMap::elu1:
-      return each_vector(width, x, to, [](V v) { return v > 0.0f ? v + 1.0f : exp_of_negative(v); });
-    case FeatureMap::relu2: return each_vector(width, x, to, [](V v) { return relu(v) * relu(v); });
-    case FeatureMap::softmax: return softmax(x, n, to);
-  }
+  if (map == FeatureMap::softmax) return softmax(x, n, to);
+  with_map(map, [&](const auto& function) { each_vector(round_up(n, kLanes), x, to, function); });
 }
 
 // dx += the gradient of map at x for the upstream gradient g. `spare` holds a row.
@@ -70,6 +74,13 @@ inline void add_map_gradient(FeatureMap map, const float* x, const float* g, int
       return add(spare, [&](V p, V u) { return p * (u - mean); });
     }
   }
+}
+
+// x turned by the angles of cos and sin, pair by pair.
+inline Vec<kLanes> rotated(Vec<kLanes> x, const float* cos, const float* sin) {
+  Vec<kLanes> signs;
+  for (int i = 0; i < kLanes; ++i) signs[i] = i % 2 == 0 ? -1.0f : 1.0f;
+  return x * F32::load<kLanes>(cos) + swap_pairs<kLanes>(x) * (F32::load<kLanes>(sin) * signs);
 }
 
 // Turns the pairs (x_0, x_1), (x_2, x_3), … of a row by the angles of cos and sin, each standing twice; or back.

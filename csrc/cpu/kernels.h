@@ -177,9 +177,10 @@ struct LinearMaps {
   int64_t dim = 0, v_dim = 0;
 };
 
-// Tokens [begin, end) of batch entry b and head h, within one chunk; the rank-th piece of its chunk, whose sums take turns.
+// Tokens [begin, end) of batch entry b and of heads from h on, within one chunk; the rank-th piece of its chunk, whose sums take
+// turns. Sums and turns of the next head lie `step` chunks' further.
 struct LinearPiece {
-  int64_t b = 0, h = 0, begin = 0, end = 0;
+  int64_t b = 0, h = 0, heads = 1, begin = 0, end = 0, step = 0;
   int32_t rank = 0;
   int32_t* turn = nullptr;
 };
@@ -205,6 +206,7 @@ struct LinearOutputs {
   Out out;
   int64_t tokens = 0, heads = 0;
   bool normalize = true;
+  bool stream = false;  // the output goes past the cache
   float eps = 0;
 };
 
@@ -230,7 +232,7 @@ struct Kernels {
   void (*block_sparse_delta)(const BlockSparse&, const Heads& dout, const Heads& dlse, int64_t begin, int64_t end, float* delta);
   void (*block_sparse_backward)(const BlockSparseBackward&, int64_t b, int64_t kv_head, int64_t j, int64_t pair, float* scratch);
   void (*block_sparse_store_dq)(const BlockSparseBackward&, int64_t b, int64_t h, int64_t i, int64_t pair);
-  int64_t (*block_linear_scratch)(const LinearMaps&);
+  int64_t (*block_linear_scratch)(const LinearMaps&, int64_t heads);
   void (*block_linear_sums)(const LinearSums&, const LinearPiece&, float* kv, float* k_sum, float* scratch);
   void (*block_linear_sums_backward)(const LinearSumsBackward&, const LinearPiece&, const float* dkv, const float* dk_sum,
                                      float* scratch);

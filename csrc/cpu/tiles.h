@@ -41,10 +41,17 @@ inline void end_turn(int32_t* turn, int32_t rank) { __atomic_store_n(turn, rank 
 // `rows` tokens of one head as floats, rows of D filled with zeros up to whole vectors.
 inline void copy_rows(const Heads& x, int64_t b, int64_t token, int64_t h, int64_t rows, int64_t dim, float* to) {
   const int64_t at = b * x.batch + token * x.token + h * x.head, width = round_up(dim, kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    load_row(x.in, at + r * x.token, dim, 0, to + r * width);
-    for (int64_t d = dim; d < width; ++d) to[r * width + d] = 0;
-  }
+  with_dtype(x.in.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto* from = static_cast<const typename T::Element*>(x.in.data) + at;
+    for (int64_t r = 0; r < rows; ++r, from += x.token, to += width) {
+      sweep(dim, [&](int64_t d, auto w) {
+        constexpr int N = decltype(w)::value;
+        F32::store<N>(to + d, T::template load<N>(from + d));
+      });
+      for (int64_t d = dim; d < width; ++d) to[d] = 0;
+    }
+  });
 }
 
 // Lanes whose number has the bit `half` come from b, `half` lower; the others from a. With `high`, `half` higher.

@@ -1,5 +1,6 @@
 // Schemas and bindings of block_linear_attention's two halves, the chunks' sums and the tokens' outputs, and their gradients.
 // The prefix over chunks between them is made of torch's own operations.
+#include <algorithm>
 #include <vector>
 
 #include "tensor.h"
@@ -43,18 +44,28 @@ std::vector<Piece> pieces_of(const Chunks& chunks) {
   return pieces;
 }
 
-// f(piece, place, scratch) in parallel for every piece of every batch entry and head; place counts (b, h, chunk). Heads come
-// first, so that they follow one another through the same rows of the rotary tables, and pieces of a chunk in order.
+// Heads taken at once, at most: rows of half a page that lie side by side, and matrices that fit the second cache.
+int64_t group_of(int64_t heads, const LinearMaps& maps) {
+  return std::clamp<int64_t>(512 / std::max<int64_t>({maps.dim, maps.v_dim, 1}), 1, std::max<int64_t>(heads, 1));
+}
+
+// f(piece, place, scratch) in parallel for every piece of every batch entry and group of heads; place counts (b, h, chunk), and is
+// the first head's. Groups come first, so that they follow one another through the same rows of the rotary tables, and pieces of
+// a chunk in order. Groups are smaller than `group` where threads would have nothing to do; a head's sums don't depend on it.
 template <class F>
-void for_pieces(int64_t batch, int64_t heads, const Chunks& chunks, const LinearMaps& maps, const F& f) {
+void for_pieces(int64_t batch, int64_t heads, const Chunks& chunks, const LinearMaps& maps, int64_t group, const F& f) {
   const std::vector<Piece> pieces = pieces_of(chunks);
   const int64_t count = static_cast<int64_t>(pieces.size()), chunk_count = chunks.count();
+  const int64_t enough = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  group = std::clamp<int64_t>(batch * count * heads / enough, 1, group);
+  const int64_t groups = (heads + group - 1) / group;
   std::vector<int32_t> turns(batch * heads * chunk_count, 0);
-  for_each_item(batch * count * heads, kernels().block_linear_scratch(maps), [&](int64_t item, float* scratch) {
-    const int64_t h = item % heads, b = item / heads / count;
-    const Piece& p = pieces[item / heads % count];
+  for_each_item(batch * count * groups, kernels().block_linear_scratch(maps, group), [&](int64_t item, float* scratch) {
+    const int64_t h = item % groups * group, b = item / groups / count;
+    const Piece& p = pieces[item / groups % count];
     const int64_t place = (b * heads + h) * chunk_count + p.chunk;
-    f(LinearPiece{b, h, p.begin, p.end, p.rank, &turns[place]}, place, scratch);
+    const LinearPiece piece{b, h, std::min(group, heads - h), p.begin, p.end, chunk_count, p.rank, &turns[place]};
+    f(piece, place, scratch);
   });
 }
 
@@ -118,7 +129,7 @@ std::tuple<Tensor, Tensor> sums(const Tensor& k, const Tensor& v, const OptTenso
   const bool none = a.tokens == 0;  // nobody writes the sums
   Tensor kv = new_floats(k, {k.size(0), a.heads, chunks.count(), a.maps.dim, a.maps.v_dim}, none);
   Tensor k_sum = new_floats(k, {k.size(0), a.heads, chunks.count(), a.maps.dim}, none);
-  for_pieces(k.size(0), a.heads, chunks, a.maps, [&](const LinearPiece& p, int64_t place, float* scratch) {
+  for_pieces(k.size(0), a.heads, chunks, a.maps, group_of(a.heads, a.maps), [&](const LinearPiece& p, int64_t place, float* scratch) {
     kernels().block_linear_sums(a, p, floats(kv) + place * size, floats(k_sum) + place * a.maps.dim, scratch);
   });
   return {kv, k_sum};
@@ -139,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> sums_backward(const Tensor& dkv, const Tensor
   g.dk = output(dk);
   g.dv = output(dv);
   g.dgate = gate ? floats(dgate) : nullptr;
-  for_pieces(k.size(0), a.heads, chunks, a.maps, [&](const LinearPiece& p, int64_t place, float* scratch) {
+  for_pieces(k.size(0), a.heads, chunks, a.maps, 1, [&](const LinearPiece& p, int64_t place, float* scratch) {
     kernels().block_linear_sums_backward(g, p, dkv_data + place * size, dk_sum_data + place * a.maps.dim, scratch);
   });
   return {dk, dv, dgate};
@@ -167,7 +178,8 @@ Tensor outputs(const Tensor& q, const Tensor& kv, const Tensor& k_sum, const Opt
   const float* k_sum_data = floats(k_sum, {q.size(0), a.heads, chunks.count(), a.maps.dim}, "k_sum");
   Tensor out = new_tensor(q, {q.size(0), a.tokens, a.heads, a.maps.v_dim});
   a.out = output(out);
-  for_pieces(q.size(0), a.heads, chunks, a.maps, [&](const LinearPiece& p, int64_t place, float* scratch) {
+  a.stream = bytes_of(out) > kStreamBytes;
+  for_pieces(q.size(0), a.heads, chunks, a.maps, group_of(a.heads, a.maps), [&](const LinearPiece& p, int64_t place, float* scratch) {
     kernels().block_linear_outputs(a, p, kv_data + place * size, k_sum_data + place * a.maps.dim, scratch);
   });
   return out;
@@ -193,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Te
   Tensor dkv = new_floats(kv, {q.size(0), a.heads, chunks.count(), a.maps.dim, a.maps.v_dim}, a.tokens == 0);
   Tensor dk_sum = new_floats(kv, {q.size(0), a.heads, chunks.count(), a.maps.dim}, a.tokens == 0);
   g.dq = output(dq);
-  for_pieces(q.size(0), a.heads, chunks, a.maps, [&](const LinearPiece& p, int64_t place, float* scratch) {
+  for_pieces(q.size(0), a.heads, chunks, a.maps, 1, [&](const LinearPiece& p, int64_t place, float* scratch) {
     kernels().block_linear_outputs_backward(g, p, kv_data + place * size, k_sum_data + place * a.maps.dim,
                                             floats(dkv) + place * size, floats(dk_sum) + place * a.maps.dim, scratch);
   });
