@@ -1,6 +1,6 @@
 """Triton kernels of block_sparse_attention, forward: a program holds a tile of a block's queries and follows its list.
 
-With c = |scale| · log2 e and raw scores r_ij = ±q_i·k_j, a tile of keys at a time:
+With c = scale · log2 e > 0 and raw scores r_ij = q_i·k_j, a tile of keys at a time:
 
     m = max_j r_ij      p_ij = 2^(c·r_ij - c·m)      l_i = Σ_j p_ij      out_i = Σ_j p_ij v_j / l_i
     lse_i = (c·m + log2 l_i) / log2 e
@@ -26,7 +26,16 @@ from torch import Tensor
 from hhattn.kernels.block_sparse_attention_backward import (
     block_sparse_attention_backward as block_sparse_attention_backward,
 )
-from hhattn.kernels.block_sparse_attention_tiles import LOG2_E, any_infinite, kept, rows, scaled, tile_options, times
+from hhattn.kernels.block_sparse_attention_tiles import (
+    LENGTHS,
+    LOG2_E,
+    any_infinite,
+    kept,
+    positive,
+    rows,
+    tile_options,
+    times,
+)
 
 
 @triton.jit
@@ -70,12 +79,12 @@ def _attend(
     return out, top, total
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len", "nq", "width", "full_width", "mask_batch", "mask_head", "scale"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     q, k, v, out, lse, marks, counts, columns, tiles, full_counts, full_columns, bits,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
     v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
-    q_len: tl.int64, k_len: tl.int64, nq: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
+    q_len: tl.int64, k_len: tl.int64, blocks: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
     width: tl.int64, full_width: tl.int64, heads, group, scale: tl.float32,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -86,13 +95,13 @@ def _forward(
     mark = marks + index * heads + h
     if EXACT and tl.load(mark) == 0:
         return
-    b, i = index // (nq * SUBS), index // SUBS % nq
+    b, i = index // (blocks * SUBS), index // SUBS % blocks
     start = (index % SUBS * BLOCK_M).to(tl.int32)
     first = i * BQ + start
     m, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     limit = tl.minimum(BQ - start, q_len - first).to(tl.int32)
     query = rows(q + b * q_batch + h * q_head + first * q_token, m, d, q_token, limit, True, DIM)
-    query, c = scaled(query, scale)
+    c = scale * LOG2_E
     k += b * k_batch + h // group * k_head
     v += b * v_batch + h // group * v_head
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -140,6 +149,7 @@ def block_sparse_attention(
     out = q.new_empty(batch, q_len, heads, v.shape[3])
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
     masks, mask_heads, nq, width = kv_indices.shape
+    q, scale, _ = positive(q, scale)
     options = tile_options("forward", q, v, tiles.shape[1], bk)
     grid = (batch * nq * triton.cdiv(tiles.shape[1], options["BLOCK_M"]), heads)
     marks = q.new_empty(grid, dtype=torch.int32)

@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hhattn.kernels.block_sparse_attention_tiles import (
+    LENGTHS,
     LOG2_E,
     any_infinite,
     finite,
     kept,
+    positive,
     rows,
-    scaled,
     tile_options,
     times,
 )
@@ -31,7 +32,7 @@ from hhattn.masks.block_mask import by_column
 ROWS = 32  # queries of a program of _delta
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit(do_not_specialize=["q_len", "heads", "dlse_batch", "dlse_head", "dlse_token"])
 def _delta(
     dout, out, lse, dlse, delta, log2,
     dout_batch: tl.int64, dout_token: tl.int64, dout_head: tl.int64,
@@ -93,26 +94,12 @@ def _dq_along(
     return dq
 
 
-_LENGTHS = [
-    "q_len",
-    "k_len",
-    "nq",
-    "nk",
-    "width",
-    "full_width",
-    "mask_batch",
-    "mask_head",
-    "offset_batch",
-    "offset_head",
-]
-
-
-@triton.jit(do_not_specialize=["q_len", "k_len", "nq", "width", "full_width", "mask_batch", "mask_head", "scale"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _dq(
     dout, q, k, v, log2, deltas, dq, marks, counts, columns, tiles, full_counts, full_columns, bits,
     do_batch: tl.int64, do_token: tl.int64, do_head: tl.int64, q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64, v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
-    q_len: tl.int64, k_len: tl.int64, nq: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
+    q_len: tl.int64, k_len: tl.int64, blocks: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
     width: tl.int64, full_width: tl.int64, heads, group, scale: tl.float32,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -124,14 +111,14 @@ def _dq(
     mark = marks + index * heads + h
     if EXACT and tl.load(mark) == 0:
         return
-    b, i = index // (nq * SUBS), index // SUBS % nq
+    b, i = index // (blocks * SUBS), index // SUBS % blocks
     start = (index % SUBS * BLOCK_M).to(tl.int32)
     first = i * BQ + start
     m, d, dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     limit = tl.minimum(BQ - start, q_len - first).to(tl.int32)
     query = rows(q + b * q_batch + h * q_head + first * q_token, m, d, q_token, limit, True, DIM)
     do = rows(dout + b * do_batch + h * do_head + first * do_token, m, dv, do_token, limit, True, V_DIM)
-    query, c = scaled(query, scale)
+    c = scale * LOG2_E
     at = (b * heads + h) * q_len + first + m
     row_log2 = tl.load(log2 + at, mask=m < limit, other=float("inf"))
     delta = tl.load(deltas + at, mask=m < limit, other=0.0)
@@ -201,12 +188,12 @@ def _dkv_along(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=[*_LENGTHS, "scale"])
+@triton.jit(do_not_specialize=LENGTHS)
 def _dkv(
-    dout, q, k, v, log2, deltas, dk, dv, marks, offsets, blocks, tiles, full_offsets, full_blocks, bits,
+    dout, q, k, v, log2, deltas, dk, dv, marks, offsets, indices, tiles, full_offsets, full_indices, bits,
     do_batch: tl.int64, do_token: tl.int64, do_head: tl.int64, q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64, v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
-    q_len: tl.int64, k_len: tl.int64, nk: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
+    q_len: tl.int64, k_len: tl.int64, blocks: tl.int64, mask_batch: tl.int64, mask_head: tl.int64,
     width: tl.int64, full_width: tl.int64, heads, group, scale: tl.float32,
     DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -219,14 +206,14 @@ def _dkv(
     mark = marks + index * kv_heads + kv_head
     if EXACT and tl.load(mark) == 0:
         return
-    b, j = index // (nk * SUBS), index // SUBS % nk
+    b, j = index // (blocks * SUBS), index // SUBS % blocks
     start = (index % SUBS * BLOCK_N).to(tl.int32)
     first = j * BK + start
     n, d, e = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     limit = tl.minimum(BK - start, k_len - first).to(tl.int32)
     key = rows(k + b * k_batch + kv_head * k_head + first * k_token, n, d, k_token, limit, True, DIM)
     value = rows(v + b * v_batch + kv_head * v_head + first * v_token, n, e, v_token, limit, True, V_DIM)
-    key, c = scaled(key, scale)
+    c = scale * LOG2_E
     to_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     to_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     partial = 0
@@ -235,20 +222,20 @@ def _dkv(
         row = (b * heads + h) * q_len
         entry = b * mask_batch + h * mask_head  # of the mask's batch entries and heads
         q_at, do_at = q + b * q_batch + h * q_head, dout + b * do_batch + h * do_head
-        line = full_offsets + entry * (nk + 1) + j
+        line = full_offsets + entry * (blocks + 1) + j
         begin = tl.load(line)
         to_k, to_v = _dkv_along(
             to_k, to_v, key, value, q_at, do_at, log2 + row, deltas + row, q_token, do_token, q_len, c, bits,
-            full_blocks + entry * full_width + begin, tiles, tl.load(line + 1) - begin, n, start,
+            full_indices + entry * full_width + begin, tiles, tl.load(line + 1) - begin, n, start,
             DIM, V_DIM, BLOCK_D, BLOCK_V, BQ, BK, BLOCK_M, BLOCK_N, PRECISION, False, EXACT,
         )  # fmt: skip
-        line = offsets + entry * (nk + 1) + j
+        line = offsets + entry * (blocks + 1) + j
         begin = tl.load(line)
         count = tl.load(line + 1) - begin
         at = entry * width + begin
         to_k, to_v = _dkv_along(
             to_k, to_v, key, value, q_at, do_at, log2 + row, deltas + row, q_token, do_token, q_len, c, bits,
-            blocks + at, tiles + at, count, n, start,
+            indices + at, tiles + at, count, n, start,
             DIM, V_DIM, BLOCK_D, BLOCK_V, BQ, BK, BLOCK_M, BLOCK_N, PRECISION, True, EXACT,
         )  # fmt: skip
         partial += count
@@ -290,6 +277,7 @@ def block_sparse_attention_backward(
         dout, out, lse, dlse, delta, log2, *dout.stride()[:3], *dlse.stride(), q_len, heads,
         V_DIM=v.shape[3], BLOCK_V=max(16, triton.next_power_of_2(v.shape[3])), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
+    q, scale, sign = positive(q, scale)
     strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     masks, mask_heads, nq, width = kv_indices.shape
     full_width, bq, kv_heads = full_kv_indices.shape[3], tiles.shape[1], k.shape[2]
@@ -306,15 +294,15 @@ def block_sparse_attention_backward(
         )  # fmt: skip
 
     nk = triton.cdiv(k.shape[1], bk)
-    offsets, blocks, places = by_column(kv_num_blocks, kv_indices, nk, kv_tiles)
-    full_offsets, full_blocks, _ = by_column(full_kv_num_blocks, full_kv_indices, nk, full_kv_indices)
+    offsets, indices, places = by_column(kv_num_blocks, kv_indices, nk, kv_tiles)
+    full_offsets, full_indices, _ = by_column(full_kv_num_blocks, full_kv_indices, nk, full_kv_indices)
     options = tile_options("dkv", q, v, bq, bk)
     grid = (batch * nk * triton.cdiv(bk, options["BLOCK_N"]), kv_heads)
     marks = q.new_empty(grid, dtype=torch.int32)
     for exact in some_partial:
         _dkv[grid](
-            dout, q, k, v, log2, delta, dk, dv, marks, offsets, blocks, places, full_offsets, full_blocks, tiles,
+            dout, q, k, v, log2, delta, dk, dv, marks, offsets, indices, places, full_offsets, full_indices, tiles,
             *strides, q_len, k.shape[1], nk, mask_heads if masks > 1 else 0, 1 if mask_heads > 1 else 0,
             nq * width, nq * full_width, heads, heads // kv_heads, scale, **options, EXACT=exact,
         )  # fmt: skip
-    return dq, dk, dv
+    return dq if sign > 0 else dq * sign, dk, dv

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Never specialised: not for being 1, not for what divides them. Strides are, so that loads are wide.
+LENGTHS = ["q_len", "k_len", "blocks", "mask_batch", "mask_head", "width", "full_width", "heads", "scale"]
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -21,17 +23,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By what is computed, architecture (see below) and padded head dim, for inputs of 16 bits.
+# By what is computed, architecture (see below) and the largest head dim served, for inputs of 16 bits. Dims that aren't
+# powers of two are masked, which takes registers.
 _HALF: dict[str, dict[int, dict[int, Tile]]] = {
     "forward": {
-        80: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+        80: {64: Tile(128, 64, 4, 3), 127: Tile(128, 32, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
         86: {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 32, 4, 2)},
-        90: {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-        100: {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+        90: {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
+        100: {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2)},
         0: {64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 4, 2), 256: Tile(64, 32, 4, 1)},
     },
     "dq": {
-        80: {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+        80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         86: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
         90: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
         100: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -40,14 +43,14 @@ _HALF: dict[str, dict[int, dict[int, Tile]]] = {
     "dkv": {
         80: {64: Tile(64, 128, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
         86: {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 1)},
-        90: {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
-        100: {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        90: {64: Tile(64, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        100: {64: Tile(32, 128, 8, 3), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
         0: {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
     },
 }
 # float32 is multiplied without tensor cores: what counts is that tiles fit registers and shared memory.
 _SINGLE = {
-    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
+    "forward": {64: Tile(64, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 8, 2)},
     "dq": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     "dkv": {64: Tile(32, 64, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 32, 8, 1)},
 }
@@ -74,6 +77,13 @@ def fit(block: int, most: int, least: int = 16) -> int:
     return min(sizes, key=lambda size: (-(-block // size) * size, -size))
 
 
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(q', scale', sign) with scale' > 0, the same scores, and q' = sign · q: the largest product is then the largest
+    score. A scale that isn't positive is rare, and costs a pass over q here instead of registers in the kernels."""
+    sign = (scale > 0) - (scale < 0)
+    return (q, scale, 1) if sign > 0 else (q * sign, abs(scale) or 1.0, sign)
+
+
 def precision() -> str:
     """How float32 is multiplied: as torch's own products are (``torch.set_float32_matmul_precision``)."""
     return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
@@ -83,7 +93,7 @@ def tile_options(kind: str, q: Tensor, v: Tensor, bq: int, bk: int) -> dict[str,
     """Constants and options of a kernel ("forward", "dq" or "dkv") for these tensors and mask blocks."""
     dims = [max(16, triton.next_power_of_2(x.shape[-1])) for x in (q, v)]
     table = _SINGLE[kind] if q.dtype == torch.float32 else _HALF[kind][architecture(q)]
-    tile = table[max(64, *dims)]
+    tile = next(tile for most, tile in table.items() if max(q.shape[-1], v.shape[-1]) <= most)
     m, n = fit(bq, tile.m), fit(bk, tile.n)
     return {
         "DIM": q.shape[-1], "V_DIM": v.shape[-1], "BLOCK_D": dims[0], "BLOCK_V": dims[1],
@@ -106,14 +116,6 @@ def rows(p, n, d, token, limit, BOUND: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def scaled(x, scale):
-    """(x with the sign of scale, what scores of it are multiplied by to be exponents of 2): the largest score stays the
-    largest. A scale of 0 makes x 0."""
-    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
-    return (x.to(tl.float32) * sign).to(x.dtype), tl.where(scale == 0, 1.0, tl.abs(scale) * LOG2_E)
-
-
-@triton.jit
 def kept(bits, tile, row, column, start, BQ: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
     """Which pairs a partial block attends, of rows ``row`` of its tile of bits and columns ``start + column``, where
     ``column`` counts to BLOCK; one is [x, 1] and the other [1, y]. A row's bits are read 32 at a time where they are
@@ -132,7 +134,7 @@ def kept(bits, tile, row, column, start, BQ: tl.constexpr, BK: tl.constexpr, BLO
                     byte = tl.load(at + (4 * j + i), mask=(row < BQ) & (4 * j + i < left), other=0)
                     word |= byte.to(tl.int32) << (8 * i)
         words = word if j == 0 else tl.where(column // 32 == j, word, words)
-    return (words >> (column % 32)) & 1 != 0
+    return words & (1 << (column % 32)) != 0
 
 
 @triton.jit

@@ -46,7 +46,9 @@ def random_keep(*shape: int, share: float = 0.3, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def compare_with_formula(keep: Tensor, block_size: tuple[int, int], inputs: list[Tensor], empty: bool = False) -> None:
+def compare_with_formula(
+    keep: Tensor, block_size: tuple[int, int], inputs: list[Tensor], empty: bool = False, scale: float | None = None
+) -> None:
     """out, lse and the gradients of q, k and v, all of whose upstream gradients are there, against float64."""
     mask = BlockMask.from_dense(keep, block_size=block_size)
     q, v = inputs[0], inputs[2]
@@ -58,9 +60,9 @@ def compare_with_formula(keep: Tensor, block_size: tuple[int, int], inputs: list
         leaves = [x.detach().to(cast).requires_grad_() for x in inputs]
         if name == "ours":
             leaves = [x.detach().requires_grad_() for x in inputs]  # with their strides
-            out, lse = hhattn.block_sparse_attention(*leaves, mask, return_lse=True)
+            out, lse = hhattn.block_sparse_attention(*leaves, mask, scale=scale, return_lse=True)
         else:
-            out, lse = dense_formula(*leaves, keep)
+            out, lse = dense_formula(*leaves, keep, scale)
         loss = (out * upstream[0].to(cast)).sum() + (lse * upstream[1].to(lse.dtype))[seen].sum()
         results[name] = [out, lse, *(g.nan_to_num() for g in torch.autograd.grad(loss, leaves))]
     for i, part in enumerate(("out", "lse", "dq", "dk", "dv")):
@@ -230,6 +232,15 @@ def test_strided_inputs_scale_and_lse() -> None:
     assert_close_to_fp64(lse, expected_lse, baseline_lse)
 
 
+@pytest.mark.usefixtures("impl")
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_may_be_negative_or_zero(scale: float) -> None:
+    keep = random_keep(1, 1, 9, 20)
+    keep[..., :16] = True  # a full block
+    inputs = [randn(1, n, 1, 8, seed=i) for i, n in enumerate((9, 20, 20))]
+    compare_with_formula(keep, (9, 16), inputs, scale=scale)
+
+
 def test_order_is_converted() -> None:
     layout = hhattn.VideoLayout(3, 7, 9, tile=(1, 4, 4))
     raster = masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16))
@@ -287,8 +298,8 @@ def test_derivatives_without_a_rule_are_refused() -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(impl: str) -> None:
-    mask = BlockMask.from_dense(random_keep(1, 1, 20, 24), block_size=(8, 8))
-    q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((20, 24, 24)))
+    mask = BlockMask.from_dense(random_keep(1, 1, 6, 9), block_size=(8, 8))
+    q, k, v = (randn(1, n, 2, 8, seed=i).requires_grad_() for i, n in enumerate((6, 9, 9)))
     names = ("kv_num_blocks", "kv_indices", "kv_tiles", "full_kv_num_blocks", "full_kv_indices", "tiles")
     lists = [getattr(mask, name) for name in names]
     hhattn.block_sparse_attention(q, k, v, mask)  # registers the operators
@@ -297,7 +308,7 @@ def test_opcheck(impl: str) -> None:
     forward, backward = (getattr(operators, name + end).default for end in ("", "_backward"))
     torch.library.opcheck(forward, (q, k, v, *lists, 8, 0.3))
     out, lse = forward(q, k, v, *lists, 8, 0.3)
-    tensors = [x.detach() for x in (randn(1, 20, 2, 8), randn(1, 2, 20), q, k, v, out, lse)]
+    tensors = [x.detach() for x in (randn(1, 6, 2, 8), randn(1, 2, 6), q, k, v, out, lse)]
     torch.library.opcheck(backward, (*tensors, *lists, 8, 0.3))
 
 
