@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from compile_only import Launch, launches
 
 from hhattn.kernels import (
+    block_linear_attention,
+    block_linear_attention_backward,
     block_sparse_attention,
     block_sparse_attention_tiles,
     norm_modulate,
@@ -188,8 +190,65 @@ def sparse_backward(model: Model) -> Case:
     return _sparse(model, "backward", lambda: block_sparse_attention.block_sparse_attention_backward(*args))
 
 
+def _linear(model: Model, phase: str, call: Callable[[], object]) -> Case:
+    length = model.chunk * model.tokens
+    pieces = math.ceil(length / block_linear_attention.PIECE)
+
+    def times(launch: Launch) -> Sequence[float]:
+        """Programs take a piece of a chunk, tile by tile, or add up a chunk's pieces."""
+        if launch.name == "_fold":
+            return [pieces // 4, pieces % 4]  # unrolled by four, and the rest
+        starts = range(0, length, block_linear_attention.PIECE)
+        lengths = [min(block_linear_attention.PIECE, length - start) for start in starts]
+        return [sum(math.ceil(n / launch.options["BLOCK_T"]) for n in lengths) / pieces]
+
+    def flops(launch: Launch) -> float:
+        return 0.0 if launch.name == "_fold" else 2.0 * model.seq * model.channels * model.dim
+
+    return Case("block_linear_attention", phase, model, call, times, flops)
+
+
+def _linear_arguments(model: Model) -> tuple[list[Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Rows like q, tables of cosines and sines, and the state of every chunk."""
+    chunks = math.ceil(model.frames / model.chunk)
+    rows = [meta(1, model.seq, model.heads, model.dim) for _ in range(4)]
+    tables = [meta(model.seq, model.dim, dtype=torch.float32) for _ in range(2)]
+    state = [
+        meta(1, model.heads, chunks, *shape, dtype=torch.float32) for shape in ((model.dim, model.dim), (model.dim,))
+    ]
+    return rows, (tables[0], tables[1]), (state[0], state[1])
+
+
+RELU = 0
+
+
+def linear_forward(model: Model) -> Case:
+    (q, k, v, _), tables, state = _linear_arguments(model)
+    how = (*tables, model.chunk * model.tokens, [], RELU, RELU)
+
+    def call() -> None:
+        block_linear_attention.block_linear_sums(k, v, None, *how)
+        block_linear_attention.block_linear_outputs(q, *state, *how, True, 1e-15)
+
+    return _linear(model, "forward", call)
+
+
+def linear_backward(model: Model) -> Case:
+    (q, k, v, dout), tables, state = _linear_arguments(model)
+    how = (*tables, model.chunk * model.tokens, [], RELU, RELU)
+
+    def call() -> None:
+        out = torch.empty_like(q)
+        block_linear_attention_backward.block_linear_outputs_backward(dout, q, *state, out, *how, True, 1e-15)
+        block_linear_attention_backward.block_linear_sums_backward(*state, k, v, None, *how)
+
+    return _linear(model, "backward", call)
+
+
 CASES = (norm_forward, norm_backward, rope_forward, rope_backward, sparse_forward, sparse_backward)
 
 
 def cases() -> list[Case]:
-    return [case(model) for case in CASES for model in MODELS]
+    """Every call; linear attention for the models that have it."""
+    linear = [case(model) for case in (linear_forward, linear_backward) for model in MODELS if model.chunk]
+    return [case(model) for case in CASES for model in MODELS] + linear
