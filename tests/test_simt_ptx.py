@@ -229,6 +229,23 @@ def test_packed_conversion(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(out[finite], want[finite])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_comparison_of_pairs_has_two_results(dtype: torch.dtype) -> None:
+    kind = "f16x2" if dtype == torch.float16 else "bf16x2"
+    values = np.random.default_rng(4).integers(-2, 3, (2, 2, N)).astype(f32)  # [operand, half]: ties, signs
+    low, high = (half(values[:, i].ravel(), dtype).reshape(2, N) for i in (0, 1))
+    words = np.stack([*(low | high << 16), low[0]]).astype(np.uint32)
+    picks = "\n".join(f"selp.b32 %r{100 + i}, 1, 0, %p{1 + i};" for i in range(2))
+    out = run(f"setp.le.{kind} %p1|%p2, %r1, %r2;\n{picks}", words, 2)
+    np.testing.assert_array_equal(out, values[0] <= values[1])
+
+
+def test_a_comparison_may_give_its_opposite_too() -> None:
+    picks = "\n".join(f"selp.b32 %r{100 + i}, 1, 0, %p{1 + i};" for i in range(2))
+    out = run(f"setp.lt.u32 %p1|%p2, %r1, %r2;\n{picks}", U32, 2)
+    np.testing.assert_array_equal(out, [U32[0] < U32[1], U32[0] >= U32[1]])
+
+
 def test_half_precision_numbers_convert_both_ways() -> None:
     """64 neighbours from each sixteenth of the 65,536 of each kind: every sign, subnormal, infinite and NaN ones."""
     for kind, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):

@@ -17,9 +17,11 @@ class PtxError(ValueError):
 
 @dataclass(frozen=True)
 class Register:
-    """``%r12``: ``name`` is "r12". Special registers keep their dot: "tid.x"."""
+    """``%r12``: ``name`` is "r12". Special registers keep their dot: "tid.x". ``%p1|%p2``, the two results of one
+    instruction: ``second`` is "p2"."""
 
     name: str
+    second: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def operand(text: str) -> Operand:
     if _NUMBER.fullmatch(text):
         return Immediate(_number(text))
     if re.fullmatch(r"%[\w.]+(?:\|%\w+)?", text):
-        return Register(text[1:].split("|")[0])
+        name, _, second = text[1:].partition("|%")
+        return Register(name, second)
     if re.fullmatch(r"[\w$]+", text):
         return Symbol(text)
     raise ValueError(text)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from hhattn.simt import _memory_ops
 from hhattn.simt._values import BITS, Values
-from hhattn.simt.ptx import Instruction, Kernel, Label, PtxError, Symbol, Vector, parse
+from hhattn.simt.ptx import Instruction, Kernel, Label, PtxError, Register, Symbol, Vector, parse
 
 Emit = Callable[[Values, Instruction], str]
 
@@ -79,9 +79,23 @@ def _shift(v: Values, ins: Instruction) -> str:
 
 
 def _setp(v: Values, ins: Instruction) -> str:
-    how, type_, ftz = ins.parts[1], ins.type, "ftz" in ins.parts
+    """``p|q``: q is the opposite of p; of pairs of 16-bit floats, p is the result of the lower and q of the upper."""
+    type_, ftz = ins.type, "ftz" in ins.parts
     d, a, b, *c = ins.operands
-    x, y = v.get(a, type_, ftz), v.get(b, type_, ftz)
+    second = d.second if isinstance(d, Register) else ""
+    if type_.endswith("x2"):
+        if not second or c:
+            raise KeyError("one result" if not second else ins.parts[2])
+        half = [[v.read(f"tr::half{i}(uint32_t({v.bits(x)}))", type_[:-2]) for x in (a, b)] for i in (0, 1)]
+        return f"{v.name(d)} = {_comparison(ins, *half[0])}; {second} = {_comparison(ins, *half[1])};"
+    value = _comparison(ins, v.get(a, type_, ftz), v.get(b, type_, ftz))
+    joined = f" { ({'and': '&', 'or': '|', 'xor': '^'}[ins.parts[2]]) } {v.get(c[0], 'pred')}" if c else ""
+    opposite = f" {second} = (!({value})){joined};" if second else ""
+    return f"{v.name(d)} = ({value}){joined};{opposite}"
+
+
+def _comparison(ins: Instruction, x: str, y: str) -> str:
+    how, type_ = ins.parts[1], ins.type
     if how in _COMPARE:
         value = f"{x} {_COMPARE[how]} {y}"
         if how == "ne" and type_ in _FLOATS:
@@ -95,10 +109,7 @@ def _setp(v: Values, ins: Instruction) -> str:
         value = f"{'' if how == 'num' else '!'}tr::numbers({x}, {y})"
     else:
         raise KeyError(how)
-    if c:
-        joined = {"and": "&", "or": "|", "xor": "^"}[ins.parts[2]]
-        value = f"({value}) {joined} {v.get(c[0], 'pred')}"
-    return f"{v.name(d)} = {value};"
+    return value
 
 
 def _selp(v: Values, ins: Instruction) -> str:
