@@ -84,9 +84,11 @@ def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
     return (q, scale, 1) if sign > 0 else (q * sign, abs(scale) or 1.0, sign)
 
 
-def precision() -> str:
-    """How float32 is multiplied: as torch's own products are (``torch.set_float32_matmul_precision``)."""
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
+def precision(q: Tensor) -> str:
+    """How products are made: float32 as "tf32" where torch's own are (``torch.set_float32_matmul_precision``), else and
+    elsewhere in full ("ieee")."""
+    single = q.dtype == torch.float32 and torch.version.hip is None
+    return "tf32" if single and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tile_options(kind: str, q: Tensor, v: Tensor, bq: int, bk: int) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def tile_options(kind: str, q: Tensor, v: Tensor, bq: int, bk: int) -> dict[str,
     m, n = fit(bq, tile.m), fit(bk, tile.n)
     return {
         "DIM": q.shape[-1], "V_DIM": v.shape[-1], "BLOCK_D": dims[0], "BLOCK_V": dims[1],
-        "BQ": bq, "BK": bk, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": precision(),
+        "BQ": bq, "BK": bk, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": precision(q),
         "num_warps": max(min(4, tile.warps), tile.warps * m * n // (tile.m * tile.n)), "num_stages": tile.stages,
     }  # fmt: skip
 

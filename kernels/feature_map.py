@@ -62,9 +62,11 @@ def rotated(x, cos, sin):
 
 @triton.jit
 def _tf32(x):
-    """Rounded to the 10 bits of mantissa that tensor cores take of a float32."""
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """Rounded to the 10 bits of mantissa that tensor cores take of a float32. A NaN stays one: a GPU's own, 0x7fffffff,
+    would be rounded to -0."""
+    x = x.to(tl.float32)
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
 
 
 @triton.jit

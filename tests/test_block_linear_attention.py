@@ -369,3 +369,13 @@ def test_use_impl_reaches_it() -> None:
     with hhattn.use_impl("reference"):
         out = block_linear_attention(q, k, v)
     assert math.isfinite(out.sum())
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+def test_a_nan_stays_one(impl: str) -> None:
+    """The one that GPUs make, all bits set but the sign, too: rounding it by integers would carry into the sign."""
+    q, k, v = (randn(1, 20, 1, 16, seed=i).abs() for i in range(3))
+    v[0, 3, 0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    out = hhattn.block_linear_attention(q, k, v, chunk_lens=10, impl=impl)
+    assert out[:, :, :, 5].isnan().all()
+    assert out[:, :, :, :5].isfinite().all()

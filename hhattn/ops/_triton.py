@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ def define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> None:
     native operator."""
 
     def call(*args: Any) -> Any:
-        return getattr(kernels(op), name)(*args)
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        # Triton launches on the current device, whatever the tensors' is
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return getattr(kernels(op), name)(*args)
 
     torch.library.define(f"{NAMESPACE}::{name}", schema)
     torch.library.impl(f"{NAMESPACE}::{name}", ("CUDA", "CPU"), call)

@@ -101,7 +101,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"k must have q's batch and head dim, {q.shape[0]} and {q.shape[3]}, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must have k's batch, tokens and heads, {tuple(k.shape[:3])}, got {tuple(v.shape)}")
-    if q.shape[2] % k.shape[2]:
+    if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q must have a multiple of k's {k.shape[2]} heads, got {q.shape[2]}")
     return q, k, v
 
