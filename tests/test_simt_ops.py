@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+import test_block_sparse_attention as sparse
 import test_norm_modulate as norms
 import test_qk_norm_rope as ropes
 import torch
-from helpers import assert_close_to_fp64, strided
+from helpers import assert_close_to_fp64, randn, strided
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 import hhattn
 from hhattn import simt
+from hhattn.kernels import block_sparse_attention_tiles as tiles
 from hhattn.ops import _triton
 
 pytestmark = pytest.mark.skipif(_triton.interpreted(), reason="the interpreter runs no PTX")
@@ -103,3 +105,76 @@ def test_qk_norm_rope(case: str, dtype: torch.dtype) -> None:
     gradients, eager = ropes.gradients, ropes.eager
     got = emulated(lambda: gradients(lambda **a: hhattn.qk_norm_rope(**a, impl="triton"), args, **how))
     check(got, gradients(eager, wide, **how), gradients(eager, args, **how), 3)
+
+
+# ---- block_sparse_attention: blocks that are full, partial and cut by the edge, a mask for each batch entry and head,
+# queries that attend nothing, keys that serve two heads, values of another width, every input strided
+
+SPARSE_CASES: dict[str, dict[str, Any]] = {
+    "odd-blocks": {"block": (24, 40), "tokens": (50, 47), "d": 40, "dv": 24},
+    "wide-heads": {"block": (32, 64), "tokens": (70, 130), "d": 112, "dv": 112},
+    "one-token": {"block": (16, 32), "tokens": (1, 50), "d": 16, "dv": 16},
+}
+SLOW = {"wide-heads"}
+
+
+def slow_if_long(cases: Mapping[str, Any]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in cases]
+
+
+def sparse_inputs(case: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    (sq, sk), (bq, bk) = case["tokens"], case["block"]
+    keep = sparse.random_keep(2, 2, sq, sk, share=0.4)
+    keep[:, :, :bq, :bk] = True
+    keep[:, 1, (sq + 1) // 2 :] = False
+    shapes = {"q": (2, sq, 2, case["d"]), "k": (2, sk, 1, case["d"]), "v": (2, sk, 1, case["dv"])}
+    inputs = {n: strided(randn(*shape, dtype=dtype, seed=i)) for i, (n, shape) in enumerate(shapes.items())}
+    return keep, inputs
+
+
+def with_gradients(call: Callable[..., tuple[Tensor, ...]], inputs: Results, seen: Tensor) -> Results:
+    """out, lse and the gradients of a sum of both, over rows that attend something."""
+    leaves = {n: x.detach().requires_grad_() for n, x in inputs.items()}
+    out, lse = call(**leaves)
+    loss = (out * randn(*out.shape, seed=9).to(out)).sum() + (lse * randn(*lse.shape, seed=10).to(lse))[seen].sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    results = {f"d{n}": g.nan_to_num() for n, g in zip(leaves, grads, strict=True)}
+    return {"out": out.detach(), "lse": lse.detach(), **results}
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("case", slow_if_long(SPARSE_CASES))
+def test_block_sparse_attention(case: str, dtype: torch.dtype) -> None:
+    keep, inputs = sparse_inputs(SPARSE_CASES[case], dtype)
+    seen = keep.any(-1)
+    mask = hhattn.BlockMask.from_dense(keep, block_size=SPARSE_CASES[case]["block"])
+
+    def ours(**leaves: Tensor) -> tuple[Tensor, ...]:
+        return hhattn.block_sparse_attention(**leaves, mask=mask, return_lse=True, impl="triton")
+
+    def formula(**leaves: Tensor) -> tuple[Tensor, ...]:
+        out, lse = sparse.dense_formula(**leaves, keep=keep)
+        return out, lse.to(torch.float64 if leaves["q"].dtype == torch.float64 else torch.float32)
+
+    expected = with_gradients(formula, {n: x.double() for n, x in inputs.items()}, seen)
+    baseline = with_gradients(formula, inputs, seen)
+    actual = emulated(lambda: with_gradients(ours, inputs, seen))
+    for name, value in expected.items():
+        factor = 2 if name in ("out", "lse") else 3
+        assert_close_to_fp64(actual[name], value, baseline[name], factor=factor, ulps=8, name=name)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("case", slow_if_long(SPARSE_CASES))
+def test_block_sparse_attention_on_sm90(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward with the tiles of a Hopper GPU, whose 64 rows and more go through wgmma in 16 bits."""
+    monkeypatch.setattr(tiles, "architecture", lambda x: 90)
+    keep, inputs = sparse_inputs(SPARSE_CASES[case] | {"block": (64, 64)}, dtype)
+    mask = hhattn.BlockMask.from_dense(keep, block_size=(64, 64))
+    outputs = named("out", "lse")
+    actual = emulated(
+        lambda: outputs(hhattn.block_sparse_attention(**inputs, mask=mask, return_lse=True, impl="triton")), 90
+    )
+    expected = outputs(sparse.dense_formula(**{n: x.double() for n, x in inputs.items()}, keep=keep))
+    for name, value in outputs(sparse.dense_formula(**inputs, keep=keep)).items():
+        assert_close_to_fp64(actual[name], expected[name], value.to(actual[name].dtype), ulps=8, name=name)

@@ -41,6 +41,24 @@ def _shuffle(v: Values, ins: Instruction) -> str:
     return f"{v.name(d)} = simt::ptx::shfl(simt::ptx::Shfl::{ins.parts[2]}, {arguments});"
 
 
+def _redux(v: Values, ins: Instruction) -> str:
+    """redux.sync.OP.TYPE d, value, mask."""
+    d, value, mask = ins.operands
+    kind = ins.parts[2]
+    name = {"min": f"min_{ins.type}", "max": f"max_{ins.type}", "add": "add"}.get(kind, f"{kind}_")
+    if ins.type not in ("s32", "u32", "b32"):
+        raise KeyError(ins.type)
+    call = f"simt::ptx::redux(simt::ptx::Redux::{name}, {v.raw(value, 'b32')}, {v.raw(mask, 'b32')})"
+    return f"{v.name(d)} = {call};"
+
+
+def _vote(v: Values, ins: Instruction) -> str:
+    """vote.sync.MODE d, p, mask."""
+    d, p, mask = ins.operands
+    kind = {"ballot": "ballot", "any": "any", "all": "all"}[ins.parts[2]]
+    return f"{v.name(d)} = simt::ptx::vote_{kind}({v.get(p, 'pred')}, {v.raw(mask, 'b32')});"
+
+
 def _barrier(v: Values, ins: Instruction) -> str:
     if ins.parts[:2] == ("bar", "warp"):
         return f"simt::sync_warp({v.raw(ins.operands[0], 'b32')});"
@@ -126,7 +144,18 @@ def _fence(v: Values, ins: Instruction) -> str:
 
 
 TABLE: dict[str, Callable[[Values, Instruction], str]] = {
-    "ld": _load, "st": _store, "shfl": _shuffle, "bar": _barrier, "barrier": _barrier, "mma": _mma,
-    "ldmatrix": _matrix, "stmatrix": _matrix, "cp": _copy, "wgmma": _wgmma, "fence": _fence,
+    "ld": _load,
+    "st": _store,
+    "shfl": _shuffle,
+    "redux": _redux,
+    "vote": _vote,
+    "bar": _barrier,
+    "barrier": _barrier,
+    "mma": _mma,
+    "ldmatrix": _matrix,
+    "stmatrix": _matrix,
+    "cp": _copy,
+    "wgmma": _wgmma,
+    "fence": _fence,
     "membar": lambda v, ins: ";",
-}  # fmt: skip
+}
