@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from hhattn.simt import _memory_ops
 from hhattn.simt._values import BITS, Values
-from hhattn.simt.ptx import Instruction, Kernel, Label, PtxError, Register, Symbol, Vector, parse
+from hhattn.simt.ptx import Instruction, Kernel, Label, Operand, PtxError, Register, Symbol, Vector, parse
 
 Emit = Callable[[Values, Instruction], str]
 
@@ -199,7 +199,20 @@ for _name in ("and", "or", "xor"):  # of predicates too
     _TABLE[_name] = _arithmetic
 
 
-def _statement(v: Values, kernel: Kernel, ins: Instruction) -> str:
+def _accumulators(kernel: Kernel) -> set[str]:
+    """Registers that some wgmma writes when its group is waited for."""
+    body = [item for item in kernel.body if isinstance(item, Instruction)]
+    vectors = [ins.operands[0] for ins in body if ins.parts[:2] == ("wgmma", "mma_async")]
+    return {x.name for d in vectors if isinstance(d, Vector) for x in d.items if isinstance(x, Register)}
+
+
+def _named(operands: tuple[Operand, ...]) -> set[str]:
+    """Registers among operands."""
+    flat = [x for o in operands for x in (o.items if isinstance(o, Vector) else (o,))]
+    return {x.name for x in flat if isinstance(x, Register)}
+
+
+def _statement(v: Values, kernel: Kernel, ins: Instruction, pending: set[str]) -> str:
     try:
         code = _TABLE[ins.base](v, ins)
     except (KeyError, ValueError, StopIteration, AttributeError, TypeError) as e:
@@ -207,6 +220,9 @@ def _statement(v: Values, kernel: Kernel, ins: Instruction) -> str:
             f"{kernel.name}, {ins.at.file}:{ins.at.line}: no translation of the PTX instruction {ins.text!r} "
             f"({type(e).__name__}: {e})"
         ) from e
+    if pending and ins.base != "wgmma":
+        touched = sorted(pending & _named(ins.operands))
+        code = " ".join([*(f"simt::wgmma_touch(&{name});" for name in touched), code])
     if ins.guard is None:
         return code if code.endswith(";") and code.count(";") == 1 else f"{{ {code} }}"
     return f"if ({'!' if ins.negated else ''}{ins.guard.name}) {{ {code} }}"
@@ -216,7 +232,7 @@ def translate(text: str) -> str:
     """The C++ of the kernel in the PTX ``text``: a function ``simt_kernel(params)`` that one thread runs, its
     parameters at 8 bytes each. PtxError names an instruction that has no translation."""
     kernel = parse(text)
-    v = Values(kernel)
+    v, pending = Values(kernel), _accumulators(kernel)
     out = ['#include "translated.h"', 'extern "C" void simt_kernel(const void *params) {']
     for type_, prefix, count in kernel.registers:
         out += [f"{v.storage(type_)} {prefix}{i}{{}};" for i in range(count)]
@@ -225,5 +241,5 @@ def translate(text: str) -> str:
             out.append(f"{v.label(item.name)}:;")
         else:
             out.append(f'#line {item.at.line} "{item.at.file}"')
-            out.append(_statement(v, kernel, item))
+            out.append(_statement(v, kernel, item, pending))
     return "\n".join([*out, "}", ""])
