@@ -50,7 +50,7 @@ _HALF: dict[str, dict[int, dict[int, Tile]]] = {
 }
 # float32 is multiplied without tensor cores: what counts is that tiles fit registers and shared memory.
 _SINGLE = {
-    "forward": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
+    "forward": {64: Tile(64, 32, 8, 2), 127: Tile(32, 16, 8, 1), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)},
     "dq": {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(32, 16, 8, 1)},
     "dkv": {64: Tile(32, 64, 8, 2), 128: Tile(32, 32, 8, 2), 256: Tile(16, 32, 8, 1)},
 }
