@@ -84,9 +84,9 @@ def tiles_of(x: Tensor, v_dim: int) -> Tiles:
     return Tiles({256: 16, 128: 32}.get(dim, 64), dim, v, 4 if dim * v <= 4096 else 8, 2)
 
 
-def exact(x: Tensor, psi: int, *changes: object) -> bool:
-    """Whether keys go into a product as they come: ψ keeps their 16 bits, and nothing rotates or weighs."""
-    return x.dtype != torch.float32 and psi <= 1 and all(change is None for change in changes)
+def parts_of(x: Tensor, psi: int, *changes: object) -> int:
+    """Parts of a key in a product: one if ψ keeps its 16 bits and nothing changes them, else all 3."""
+    return 1 if x.dtype != torch.float32 and psi <= 1 and all(change is None for change in changes) else 3
 
 
 def halved(table: Tensor | None, dim: int) -> Tensor | None:
@@ -126,7 +126,7 @@ def _sums(
     k, v, gate, weight, cos, sin, table, kv, k_sum,
     k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64, v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
     tokens: tl.int64, length: tl.int64, piece: tl.int64, pieces: tl.int64, heads,
-    DIM: tl.constexpr, V_DIM: tl.constexpr, PHI: tl.constexpr, PSI: tl.constexpr, EXACT: tl.constexpr,
+    DIM: tl.constexpr, V_DIM: tl.constexpr, PHI: tl.constexpr, PSI: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Sums of a piece, kv [B, H, pieces, D, Dv] and k_sum [B, H, pieces, D]. ``gate`` and ``weight`` [B, S, H] float32
@@ -152,7 +152,7 @@ def _sums(
             psi = rotated(psi, angles(cos, t, rows, DIM, BLOCK_D), angles(sin, t, rows, DIM, BLOCK_D))
         if gate is not None:
             psi *= tl.load(gate + (b * tokens + t) * heads + h, mask=rows, other=0.0)[:, None]
-        sums = product(tl.trans(psi), y, sums, k.dtype.element_ty, EXACT)
+        sums = product(tl.trans(psi), y, sums, k.dtype.element_ty, PARTS)
     place = (b * heads + h) * pieces + p
     where = kv + place * (DIM * V_DIM) + d[:, None] * V_DIM + c[None, :]
     tl.store(where, sums, mask=(d[:, None] < DIM) & (c[None, :] < V_DIM))
@@ -231,7 +231,7 @@ def weighted_sums(
     _sums[(batch * heads * chunks.pieces, triton.cdiv(v_dim, t.v_dim))](
         k, v, gate, weight, cos, sin, chunks.table, kv, k_sum, *k.stride()[:3], *v.stride()[:3],
         tokens, chunks.length, chunks.piece, chunks.pieces, heads,
-        DIM=dim, V_DIM=v_dim, PHI=phi, PSI=psi, EXACT=exact(k, psi, cos, gate),
+        DIM=dim, V_DIM=v_dim, PHI=phi, PSI=psi, PARTS=parts_of(k, psi, cos, gate),
         BLOCK_T=t.tokens, BLOCK_D=t.dim, BLOCK_V=t.v_dim, num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return add_pieces(kv, chunks, tokens), add_pieces(k_sum, chunks, tokens)
@@ -279,7 +279,7 @@ def _outputs(
         psi = mapped(x, inside, PSI)
         if cos is not None:
             psi = rotated(psi, angles(cos, t, rows, DIM, BLOCK_D), angles(sin, t, rows, DIM, BLOCK_D))
-        columns = product(state, tl.trans(psi), tl.zeros([BLOCK_V, BLOCK_T], tl.float32), q.dtype.element_ty, False)
+        columns = product(state, tl.trans(psi), tl.zeros([BLOCK_V, BLOCK_T], tl.float32), q.dtype.element_ty, 2)
         if NORMALIZE:
             columns /= (tl.sum(mapped(x, inside, PHI) * keys[None, :], 1) + eps)[None, :]
         if gate is not None:

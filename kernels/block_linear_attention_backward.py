@@ -71,7 +71,7 @@ def _gradients(
             part = tile(y, t, rows, v + c, y_token, V_DIM)
             if V_DIM > BLOCK_V:
                 state = _state(kv, d, v + c, DIM, V_DIM)
-            columns = product(state, tl.trans(part), columns, x.dtype.element_ty, False)
+            columns = product(state, tl.trans(part), columns, x.dtype.element_ty, 2)
             if out is not None:
                 o = tl.load(out + at[:, None] * V_DIM + v + c[None, :],
                             mask=rows[:, None] & (v + c[None, :] < V_DIM), other=0.0)  # fmt: skip

@@ -70,20 +70,24 @@ def _tf32(x):
 
 
 @triton.jit
-def product(a, b, total, like: tl.constexpr, exact: tl.constexpr):
+def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
     """total + a b, ``a`` float32, on tensor cores, for inputs of the dtype ``like``.
 
-    Unless a is exact in like it goes in as two parts, so that 16 bits of it count (bfloat16) or 22; so does b, where
-    inputs are float32, and else b counts as far as like holds it. Parts of float16 are TF32: sums of many tokens, and
-    what is divided by such a sum, leave float16's range. float32 in three products of TF32 is as good as in its own
-    but for an ulp or two, and there are no tensor cores for it.
+    One of ``parts`` will do where a has like's bits anyway. Else 2 or 3 of bfloat16 hold 16 or all 24 bits of it, and 2
+    of TF32, for other inputs, 22; ``b`` counts as far as like holds it. Parts of float16 are TF32: sums of many
+    tokens, and what is divided by such a sum, leave float16's range. float32 in three products of TF32 is as good as
+    in its own but for an ulp or two, and there are no tensor cores for it.
     """
-    if exact:
+    if parts == 1:
         total = tl.dot(a.to(like), b.to(like), total)
     elif like == tl.bfloat16:
         high, b = a.to(like), b.to(like)
-        total = tl.dot((a - high.to(tl.float32)).to(like), b, total)
         total = tl.dot(high, b, total)
+        rest = a - high.to(tl.float32)
+        low = rest.to(like)
+        total = tl.dot(low, b, total)
+        if parts == 3:
+            total = tl.dot((rest - low.to(tl.float32)).to(like), b, total)
     else:
         high, b_high = _tf32(a), _tf32(b)
         if like == tl.float32:
