@@ -81,7 +81,7 @@ def tiles_of(x: Tensor, v_dim: int) -> Tiles:
     parts of one that takes part in products are 64 more, 128 in TF32."""
     dim, v = (max(16, triton.next_power_of_2(n)) for n in (x.shape[3], v_dim))
     v = min(v, (16384 if x.dtype == torch.bfloat16 else 8192) // dim, 128)
-    return Tiles({256: 16, 128: 32}.get(dim, 64), dim, v, 4 if dim * v <= 4096 else 8, 2)
+    return Tiles({256: 16, 128: 32}.get(dim, 64), dim, v, 4 if dim * v <= 4096 else 8, 3 if dim <= 64 else 2)
 
 
 def parts_of(x: Tensor, psi: int, *changes: object) -> int:
@@ -258,7 +258,7 @@ def _outputs(
     q, gate, cos, sin, table, kv, k_sum, out, q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64,
     tokens: tl.int64, length: tl.int64, piece: tl.int64, pieces: tl.int64, chunks: tl.int64, heads, eps,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PHI: tl.constexpr, PSI: tl.constexpr, NORMALIZE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a piece, from its chunk's kv and k_sum. The product is made transposed, KVᵀ by the queries' columns:
     so the state is what a warp has its rows of, in registers, for all tokens that pass."""
@@ -279,6 +279,8 @@ def _outputs(
         psi = mapped(x, inside, PSI)
         if cos is not None:
             psi = rotated(psi, angles(cos, t, rows, DIM, BLOCK_D), angles(sin, t, rows, DIM, BLOCK_D))
+        if PARTS == 1:
+            psi = psi.to(q.dtype.element_ty)
         columns = product(state, tl.trans(psi), tl.zeros([BLOCK_V, BLOCK_T], tl.float32), q.dtype.element_ty, 2)
         if NORMALIZE:
             columns /= (tl.sum(mapped(x, inside, PHI) * keys[None, :], 1) + eps)[None, :]
@@ -310,7 +312,7 @@ def gated_outputs(
         _outputs[(batch * heads * chunks.pieces, triton.cdiv(v_dim, t.v_dim))](
             q, gate, halved(cos, dim), halved(sin, dim), chunks.table, kv, k_sum, out, *q.stride()[:3],
             tokens, chunks.length, chunks.piece, chunks.pieces, chunks.count, heads, eps,
-            DIM=dim, V_DIM=v_dim, PHI=phi, PSI=psi, NORMALIZE=k_sum is not None,
+            DIM=dim, V_DIM=v_dim, PHI=phi, PSI=psi, NORMALIZE=k_sum is not None, PARTS=parts_of(q, psi, cos),
             BLOCK_T=t.tokens, BLOCK_D=t.dim, BLOCK_V=t.v_dim, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return out

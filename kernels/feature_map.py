@@ -74,14 +74,17 @@ def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
     """total + a b, ``a`` float32, on tensor cores, for inputs of the dtype ``like``.
 
     One of ``parts`` will do where a has like's bits anyway. Else 2 or 3 of bfloat16 hold 16 or all 24 bits of it, and 2
-    of TF32, for other inputs, 22; ``b`` counts as far as like holds it. Parts of float16 are TF32: sums of many
-    tokens, and what is divided by such a sum, leave float16's range. float32 in three products of TF32 is as good as
-    in its own but for an ulp or two, and there are no tensor cores for it.
+    of TF32, for other inputs, 22. ``b`` has like's bits, or is float32 and goes in as two parts. Parts of float16 are
+    TF32: sums of many tokens, and what is divided by such a sum, leave float16's range. float32 in three products of
+    TF32 is as good as in its own but for an ulp or two, and there are no tensor cores for it.
     """
     if parts == 1:
         total = tl.dot(a.to(like), b.to(like), total)
     elif like == tl.bfloat16:
-        high, b = a.to(like), b.to(like)
+        high, b_high = a.to(like), b.to(like)
+        if b.dtype == tl.float32:
+            total = tl.dot(high, (b - b_high.to(tl.float32)).to(like), total)
+        b = b_high
         total = tl.dot(high, b, total)
         rest = a - high.to(tl.float32)
         low = rest.to(like)
@@ -90,7 +93,7 @@ def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
             total = tl.dot((rest - low.to(tl.float32)).to(like), b, total)
     else:
         high, b_high = _tf32(a), _tf32(b)
-        if like == tl.float32:
+        if b.dtype == tl.float32:
             total = tl.dot(high, _tf32(b - b_high), total, input_precision="tf32")
         total = tl.dot(_tf32(a - high), b_high, total, input_precision="tf32")
         total = tl.dot(high, b_high, total, input_precision="tf32")
