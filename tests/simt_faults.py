@@ -72,7 +72,7 @@ FAULTS = [
     Fault("output not rescaled", "sparse", NUMBERS, SPARSE, "out * keep[:, None]", "out"),
     Fault("stale maximum", "sparse", NUMBERS, SPARSE, "        top = now\n", ""),
     Fault("a bit of each 32 of the mask dropped", "sparse", NUMBERS, TILES,
-          "(words >> (column % 32)) & 1 != 0", "(words >> (column % 32)) & (column % 32 != 31) != 0"),
+          "words & (1 << (column % 32)) != 0", "words & (1 << (column % 31)) != 0"),
     Fault("lse in base 2", "sparse", NUMBERS, SPARSE,
           "(top * c + tl.log2(total)) / LOG2_E)", "top * c + tl.log2(total))"),
     Fault("full blocks treated as partial", "sparse", NUMBERS, SPARSE,
