@@ -18,6 +18,10 @@ FAULTS = {
     "missing_warp_sync": ("race", "uninitialized"),
     "wrong_named_barrier": ("race", "uninitialized"),
     "halves": ("race", "uninitialized"),
+    "halves_of_evens": ("race",),
+    "halves_in_place": ("race",),
+    "global_halves": ("race",),
+    "sum_of_neighbours": ("race",),
     "blocks_write": ("race",),
     "block_reads": ("race",),
     "threads_in_block": ("race",),
@@ -135,6 +139,23 @@ def test_a_report_comes_once_with_a_count(kernels, emulator):
 def test_out_of_bounds_stops_the_launch_before_it_writes(kernels, emulator):
     _, y = run(kernels, emulator, "write_before_begin", True, 0)
     assert not y.any()
+
+
+@pytest.mark.parametrize("stopped_by", ["ldmatrix_past_end", "wgmma_past_end"])
+def test_a_fault_is_reported_after_a_stopped_launch(kernels, emulator, stopped_by):
+    """What a warp reads as a whole may end a launch: the next one is checked, and counted, as ever."""
+    reports, _ = run(kernels, emulator, stopped_by, True, 0)
+    assert {r.kind for r in reports} == {"shared-oob"}
+    reports, _ = run(kernels, emulator, "missing_reuse_barrier", True, 0)
+    assert {r.kind for r in reports} == {"race"}
+    emulator.reset()
+    emulator.options(counters=True)
+    x, y = torch.zeros(32 * 32), torch.zeros(32)
+    emulator.register(x, "x")
+    emulator.register(y, "y")
+    kernels.run_ldmatrix_past_end(1, address(x), address(y))
+    kernels.run_strides(address(x), address(y), 1)
+    assert any(c.space == "shared" and c.write and c.requests == 1 for c in emulator.counters())
 
 
 def test_without_checks_nothing_is_reported(kernels, emulator):

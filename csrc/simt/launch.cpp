@@ -371,6 +371,8 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
   m.random = 0x9e3779b97f4a7c15 * (m.options.seed + 1);
   m.fiber = nullptr;
   m.static_owner = nullptr;
+  m.as_warp = m.uncounted = false;  // a launch that was stopped may have left them
+  forget_trace();
   find_image(image);
   if (accept(shared_bytes)) run_blocks();
   m.fiber = nullptr;

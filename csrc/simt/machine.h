@@ -114,13 +114,24 @@ struct MBarrier {
 };
 
 // ---- shared memory's shadow, a cell for each 4 bytes. Masks have a bit a byte.
+// Neighbours may share a cell: `older` keeps the bytes that the last write left to the one before it.
+struct Older {
+  uint32_t clock;
+  uint16_t writer;
+  uint8_t wrote, atomic;
+};
 struct Cell {
   uint32_t clock;            // of the last write
   uint16_t writer;           // its thread
   uint8_t init : 4, wrote : 4;  // bytes ever written; bytes of the last write
+  Older older;
   uint8_t pending;           // asynchronous copies in flight into it
   uint16_t held;             // asynchronous reads in flight: wgmma, bulk stores
   uint8_t atomic, async;     // the last write was atomic; came through the async proxy
+};
+
+struct Reads {  // the last reads by a warp, of each half of the cell: clock << 8 | lane (32: several) << 2 | bytes
+  uint32_t half[2];
 };
 
 struct Block {
@@ -135,7 +146,7 @@ struct Block {
   char *shared = nullptr;               // the dynamic arena, DYNAMIC_BYTES and a guard
   std::vector<char> statics;            // the static arrays, while another block runs
   std::unique_ptr<Cell[]> cells;
-  std::vector<uint32_t> reads;          // [cell][warp]: clock << 10 | lane (32: several) << 4 | bytes
+  std::vector<Reads> reads;             // [cell][warp]
 };
 
 // ---- global memory
@@ -144,6 +155,10 @@ struct GlobalCell {
   uint16_t writer, reader;
   uint8_t init : 4, wrote : 4, read : 4, several : 4;         // several: blocks have read it
   uint8_t atomic;
+  // the write whose bytes the last one left; the reader of the same block that the last one didn't come after
+  uint8_t older_wrote : 4, other_read : 4;
+  uint16_t older_writer, other_reader;
+  uint32_t older_block, older_clock, other_clock;
 };
 struct Tensor {
   char *begin, *end;
@@ -201,7 +216,8 @@ struct Machine {
   Block *block = nullptr, *static_owner = nullptr;
   Fiber *fiber = nullptr;
   Warp *warp = nullptr;
-  bool as_warp = false;  // the access is the whole warp's, no single lane's
+  bool as_warp = false;    // the access is the whole warp's, no single lane's
+  bool uncounted = false;  // the access is counted elsewhere
 
   std::vector<Tensor> tensors;
   Tensor *last_tensor = nullptr;

@@ -2,7 +2,6 @@
 // and when.
 #include <algorithm>
 #include <cstdlib>
-#include <utility>
 
 #include "machine.h"
 
@@ -44,7 +43,7 @@ void begin_memory(Block &b) {
   uint32_t clock = 0;
   for (const Warp &w : b.warps) clock = std::max(clock, w.clock);
   if (b.reads.size() != wanted || clock > 1u << 21) {
-    b.reads.assign(wanted, 0);
+    b.reads.assign(wanted, Reads{});
     clock = 1;
   }
   for (Warp &w : b.warps) {
@@ -74,8 +73,14 @@ static std::string shared_name(size_t cell) {
   return cell < DYNAMIC_CELLS ? plus(cell * 4) : " (static)" + plus((cell - DYNAMIC_CELLS) * 4);
 }
 
-static bool by_other(const Cell &c, unsigned mask, const Toucher &me) {
-  return c.wrote & mask && c.writer != me.thread && c.clock > me.warp.seen[warp_of(c.writer)];
+// Has another thread written these bytes, unordered? `atomic`: this is an atomic too, and those don't race.
+static const uint16_t *by_other(const Cell &c, unsigned mask, const Toucher &me, bool atomic = false) {
+  if (c.wrote & mask && c.writer != me.thread && !(atomic && c.atomic) && c.clock > me.warp.seen[warp_of(c.writer)]) return &c.writer;
+  const Older &o = c.older;
+  if (__builtin_expect(o.wrote & mask, 0) && o.writer != me.thread && !(atomic && o.atomic) &&
+      o.clock > me.warp.seen[warp_of(o.writer)])
+    return &o.writer;
+  return nullptr;
 }
 
 static void read_cell(Toucher &me, size_t index, unsigned mask) {
@@ -84,25 +89,31 @@ static void read_cell(Toucher &me, size_t index, unsigned mask) {
     report(me.site, "async-pending", "shared%s: read while an asynchronous copy into it is in flight", shared_name(index).c_str());
   else if (__builtin_expect((c.init & mask) != mask, 0))
     report(me.site, "uninitialized", "shared%s: read, and never written", shared_name(index).c_str());
-  if (__builtin_expect(by_other(c, mask, me), 0)) race(me.site, "shared", shared_name(index), "read after a write by", c.writer);
-  uint32_t &last = me.block.reads[index * machine.warps + me.warp_index];
-  unsigned lane = me.lane;
-  if (last >> 10 == me.warp.clock) {
-    mask |= last & 15;
-    if (last && (last >> 4 & 63) != lane) lane = WARP;
+  if (auto *other = by_other(c, mask, me); __builtin_expect(other != nullptr, 0))
+    race(me.site, "shared", shared_name(index), "read after a write by", *other);
+  Reads &reads = me.block.reads[index * machine.warps + me.warp_index];
+  for (unsigned h = 0; h < 2; h++) {
+    if (!(mask >> 2 * h & 3)) continue;
+    uint32_t &last = reads.half[h];
+    unsigned lane = me.lane, bytes = mask >> 2 * h & 3, before = last >> 2 & 63;
+    if (last >> 8 > me.warp.seen[me.warp_index] && (before == lane || last & bytes)) {  // the last read may go on unordered
+      if (before != lane) lane = WARP;
+      if (last >> 8 == me.warp.clock) bytes |= last & 3;
+    }
+    last = me.warp.clock << 8 | lane << 2 | bytes;
   }
-  last = me.warp.clock << 10 | lane << 4 | mask;
 }
 
 static void check_readers(const Toucher &me, size_t index, unsigned mask) {
-  const uint32_t *reads = &me.block.reads[index * machine.warps];
-  for (unsigned w = 0; w < machine.warps; w++) {
-    uint32_t r = reads[w];
-    if (__builtin_expect(r >> 10 <= me.warp.seen[w] || !(r & mask), 1)) continue;
-    unsigned lane = r >> 4 & 63;
-    if (w == me.warp_index && lane == me.lane) continue;
-    return race(me.site, "shared", shared_name(index), "written after a read by", w * WARP + (lane == WARP ? me.lane ^ 1 : lane));
-  }
+  const Reads *reads = &me.block.reads[index * machine.warps];
+  for (unsigned w = 0; w < machine.warps; w++)
+    for (unsigned h = 0; h < 2; h++) {
+      uint32_t r = reads[w].half[h];
+      if (__builtin_expect(r >> 8 <= me.warp.seen[w] || !(r & mask >> 2 * h & 3), 1)) continue;
+      unsigned lane = r >> 2 & 63;
+      if (w == me.warp_index && lane == me.lane) continue;
+      return race(me.site, "shared", shared_name(index), "written after a read by", w * WARP + (lane == WARP ? me.lane ^ 1 : lane));
+    }
 }
 
 static void write_cell(Toucher &me, size_t index, unsigned mask, Access kind, bool benign) {
@@ -111,16 +122,20 @@ static void write_cell(Toucher &me, size_t index, unsigned mask, Access kind, bo
     report(me.site, "async-pending", "shared%s: written while an asynchronous copy into it is in flight", shared_name(index).c_str());
   if (__builtin_expect(c.held, 0))
     report(me.site, "async-source", "shared%s: written while a wgmma or bulk store that reads it is in flight", shared_name(index).c_str());
-  bool both_atomic = kind == Access::atomic && c.atomic;
-  if (__builtin_expect(!benign && !both_atomic && by_other(c, mask, me), 0))
-    race(me.site, "shared", shared_name(index), "written after a write by", c.writer);
-  if (!both_atomic) check_readers(me, index, mask);
+  const bool atomic = kind == Access::atomic;
+  if (auto *other = benign ? nullptr : by_other(c, mask, me, atomic); __builtin_expect(other != nullptr, 0))
+    race(me.site, "shared", shared_name(index), "written after a write by", *other);
+  if (!(atomic && c.atomic)) check_readers(me, index, mask);
   bool more = c.writer == me.thread && c.clock == me.warp.clock;
+  if (unsigned left = c.wrote & ~mask; left && !more)
+    c.older = {c.clock, c.writer, uint8_t(left), c.atomic};
+  else
+    c.older.wrote &= uint8_t(~mask);
   c.wrote = more ? c.wrote | mask : mask;
   c.init |= mask;
   c.writer = me.thread;
   c.clock = me.warp.clock;
-  c.atomic = kind == Access::atomic;
+  c.atomic = atomic;
   c.async = 0;
 }
 
@@ -145,10 +160,12 @@ void check_proxy(uint32_t address, size_t bytes, Site site) {
   if (!machine.options.checks) return;
   for (size_t i = cell_of(address), end = cell_of(address + uint32_t(bytes) - 1); i <= end; i++) {
     const Cell &c = machine.block->cells[i];
-    if (!c.init || c.async || c.clock <= machine.warp->fenced[warp_of(c.writer)]) continue;
+    const auto &fenced = machine.warp->fenced;
+    bool older = c.older.wrote && c.older.clock > fenced[warp_of(c.older.writer)];
+    if (!c.init || c.async || (c.clock <= fenced[warp_of(c.writer)] && !older)) continue;
     return report(site, "no-proxy-fence",
                   "shared%s: written by thread %u the ordinary way and read by the async proxy, with no fence.proxy.async between",
-                  shared_name(i).c_str(), c.writer);
+                  shared_name(i).c_str(), older ? c.older.writer : c.writer);
   }
 }
 
@@ -164,18 +181,31 @@ static Tensor *tensor_of(const char *p) {
 static bool in_launch(uint32_t serial) { return serial >= machine.first_serial; }
 static unsigned linear(uint32_t serial) { return machine.serials[serial - machine.first_serial]; }
 
+// A write by `block` or, in this block, `thread` came before this access.
+static void after_write(const Tensor &t, size_t offset, uint32_t block, unsigned thread, uint32_t clock, const char *now, Site site,
+                        bool benign) {
+  if (!in_launch(block)) return;
+  if (block != machine.block->serial)  // whatever the value: no compiler replicates a block
+    report(site, "race", "%s+%zu: %s after a write by block %u of the same launch", t.name.c_str(), offset, now, linear(block));
+  else if (!benign && !ordered(thread, clock))
+    race(site, t.name.c_str(), plus(offset), (now + std::string(" after a write by")).c_str(), thread);
+}
+
 static void read_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned mask, Site site) {
   const Block &b = *machine.block;
   if (t.access == SIMT_WRITE_FIRST && (c.init & mask) != mask)
     report(site, "uninitialized", "%s+%zu: read, and never written", t.name.c_str(), offset);
-  if (in_launch(c.write_block) && c.wrote & mask) {
-    if (c.write_block != b.serial)
-      report(site, "race", "%s+%zu: read after a write by block %u of the same launch", t.name.c_str(), offset, linear(c.write_block));
-    else if (!ordered(c.writer, c.write_clock))
-      race(site, t.name.c_str(), plus(offset), "read after a write by", c.writer);
+  if (c.wrote & mask) after_write(t, offset, c.write_block, c.writer, c.write_clock, "read", site, false);
+  if (c.older_wrote & mask) after_write(t, offset, c.older_block, c.older_writer, c.older_clock, "read", site, false);
+  if (c.read_block != b.serial) {
+    c.other_read = 0;
+  } else if (c.reader == machine.fiber->index) {
+    if (c.read_clock == machine.warp->clock) mask |= c.read;
+  } else if (!ordered(c.reader, c.read_clock)) {  // two stand for all unordered readers: a writer is at most one of them
+    c.other_read = c.read;
+    c.other_reader = c.reader;
+    c.other_clock = c.read_clock;
   }
-  if (c.read_block == b.serial && c.reader != machine.fiber->index && !ordered(c.reader, c.read_clock) && c.read & mask)
-    mask |= c.read;  // of several unordered readers, the last stands for all
   c.several = in_launch(c.read_block) && (c.several || c.read_block != b.serial);
   c.read_block = b.serial;
   c.read_clock = machine.warp->clock;
@@ -186,12 +216,12 @@ static void read_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned 
 static void write_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned mask, Access kind, Site site, bool benign) {
   const Block &b = *machine.block;
   bool atomic = kind == Access::atomic;
-  if (in_launch(c.write_block) && c.wrote & mask && !(atomic && c.atomic)) {
-    if (c.write_block != b.serial)  // whatever the value: no compiler replicates a block
-      report(site, "race", "%s+%zu: written after a write by block %u of the same launch", t.name.c_str(), offset, linear(c.write_block));
-    else if (!benign && !ordered(c.writer, c.write_clock))
-      race(site, t.name.c_str(), plus(offset), "written after a write by", c.writer);
-  }
+  if (c.wrote & mask && !(atomic && c.atomic))
+    after_write(t, offset, c.write_block, c.writer, c.write_clock, "written", site, benign);
+  if (c.older_wrote & mask && !(atomic && c.atomic))
+    after_write(t, offset, c.older_block, c.older_writer, c.older_clock, "written", site, benign);
+  if (c.read_block == b.serial && c.other_read & mask && !ordered(c.other_reader, c.other_clock))
+    race(site, t.name.c_str(), plus(offset), "written after a read by", c.other_reader);
   if (in_launch(c.read_block) && c.read & mask) {
     if (c.several || c.read_block != b.serial)
       report(site, "race", "%s+%zu: written after a read by block %u of the same launch", t.name.c_str(), offset, linear(c.read_block));
@@ -199,6 +229,14 @@ static void write_global(const Tensor &t, GlobalCell &c, size_t offset, unsigned
       race(site, t.name.c_str(), plus(offset), "written after a read by", c.reader);
   }
   bool more = c.write_block == b.serial && c.writer == machine.fiber->index && c.write_clock == machine.warp->clock;
+  if (unsigned left = c.wrote & ~mask; left && !more) {
+    c.older_wrote = left & 15;
+    c.older_block = c.write_block;
+    c.older_writer = c.writer;
+    c.older_clock = c.write_clock;
+  } else {
+    c.older_wrote = c.older_wrote & ~mask & 15;
+  }
   c.wrote = more ? c.wrote | mask : mask;
   c.init |= mask;
   c.write_block = b.serial;
@@ -249,7 +287,7 @@ static bool touch_if_shared(const char *p, size_t bytes, Access kind, Site site,
     stop();
   }
   touch_shared(first, offset, bytes, kind, site, benign);
-  if (machine.options.counters && kind != Access::copy)
+  if (machine.options.counters && !machine.uncounted && kind != Access::copy)
     trace(site, reinterpret_cast<char *>(offset), unsigned(bytes), false, kind != Access::read);
   return true;
 }
@@ -287,15 +325,13 @@ void access(const void *pointer, size_t bytes, Access kind, Site site, size_t al
 }
 
 void warp_read(Site site, const uint32_t *address, uint32_t mask, unsigned bytes) {
-  bool counters = std::exchange(machine.options.counters, false);
-  machine.as_warp = true;
+  machine.as_warp = machine.uncounted = true;
   for (uint32_t rest = mask; rest; rest &= rest - 1) {
     const uint32_t a = address[__builtin_ctz(rest)];
     access(shared_ptr(a, site), bytes, Access::read, site, bytes);
   }
-  machine.as_warp = false;
-  machine.options.counters = counters;
-  if (counters) count_shared(site, address, mask, bytes, false);
+  machine.as_warp = machine.uncounted = false;
+  if (machine.options.counters) count_shared(site, address, mask, bytes, false);
 }
 
 void mem_read(const void *p, unsigned n, Site site) { access(p, n, Access::read, site, n); }

@@ -70,7 +70,49 @@ KERNEL halves(const float *x, float *y) {
 }
 ENTRY run_halves(int bug, const float *x, float *y) { RUN(halves, dim3(1), dim3(64), 0, x, y); }
 
+// Each lane stores half of a word; the even ones' stores must not vanish behind those of the odd.
+KERNEL halves_of_evens(const float *x, float *y) {
+  __shared__ unsigned short s[32];
+  unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncthreads();
+  s[t] = static_cast<unsigned short>(x[t]);
+  if (!Bug) __syncwarp();
+  y[t] = s[t & ~3u];
+}
+ENTRY run_halves_of_evens(int bug, const float *x, float *y) { RUN(halves_of_evens, dim3(1), dim3(32), 0, x, y); }
+
+// Each lane updates its half in place: nobody else's, though two share a word.
+KERNEL halves_in_place(const float *x, float *y) {
+  __shared__ unsigned short s[34];
+  unsigned t = threadIdx.x;
+  s[t] = static_cast<unsigned short>(x[t]);
+  if (t < 2) s[32 + t] = 0;
+  __syncthreads();
+  unsigned short mine = s[t], next = s[Bug ? t + 1 : t];
+  s[t] = static_cast<unsigned short>(mine + next);
+  y[t] = mine;
+}
+ENTRY run_halves_in_place(int bug, const float *x, float *y) { RUN(halves_in_place, dim3(1), dim3(32), 0, x, y); }
+
+KERNEL global_halves(const float *x, float *y) {
+  auto *h = reinterpret_cast<unsigned short *>(y);
+  unsigned t = threadIdx.x;
+  h[t] = static_cast<unsigned short>(x[t]);
+  if (!Bug) __syncwarp();
+  y[128 + t] = h[t & ~3u];
+}
+ENTRY run_global_halves(int bug, const float *x, float *y) { RUN(global_halves, dim3(1), dim3(32), 0, x, y); }
+
 // ---- races in global memory
+// Who writes is the last who read, and not the only one.
+KERNEL sum_of_neighbours(const float *, float *y) {
+  float sum = y[threadIdx.x] + y[threadIdx.x + 1];
+  if (!Bug) __syncwarp();
+  y[threadIdx.x] = sum;
+}
+ENTRY run_sum_of_neighbours(int bug, const float *x, float *y) { RUN(sum_of_neighbours, dim3(1), dim3(32), 0, x, y); }
+
 KERNEL blocks_write(const float *x, float *y) { y[threadIdx.x + (Bug ? 0 : 32 * blockIdx.x)] = x[threadIdx.x] + blockIdx.x; }
 ENTRY run_blocks_write(int bug, const float *x, float *y) { RUN(blocks_write, dim3(2), dim3(32), 0, x, y); }
 
@@ -143,6 +185,13 @@ KERNEL shared_past_end(const float *x, float *y) {
   y[t] = s[t + (Bug ? 1 : 0)];
 }
 ENTRY run_shared_past_end(int bug, const float *x, float *y) { RUN(shared_past_end, dim3(1), dim3(32), 128, x, y); }
+
+KERNEL ldmatrix_past_end(const float *, float *y) {
+  uint32_t r[4];
+  simt::ptx::ldmatrix(r, 4, false, simt::SHARED_BASE + 16 * threadIdx.x + (Bug ? 4096 : 0));
+  y[threadIdx.x] = float(r[0]);
+}
+ENTRY run_ldmatrix_past_end(int bug, const float *x, float *y) { RUN(ldmatrix_past_end, dim3(1), dim3(32), 512, x, y); }
 
 KERNEL write_read_only(const float *x, float *y) {
   auto *out = Bug ? const_cast<float *>(x) : y;
@@ -348,3 +397,11 @@ __global__ void strides(const float *x, float *y, int stride) {
   y[threadIdx.x] = 0;
 }
 ENTRY run_strides(const float *x, float *y, int stride) { LAUNCH(strides, dim3(1), dim3(32), 32 * 32 * 4, x, y, stride); }
+
+KERNEL wgmma_past_end(const float *, float *) {
+  uint32_t d[4] = {}, *registers[4] = {d, d + 1, d + 2, d + 3};
+  simt::Wgmma op{8, simt::Element::bf16, false};
+  simt::wgmma_fence();
+  simt::wgmma(op, registers, nullptr, uint64_t(0x3fff), uint64_t(0x3fff));
+}
+ENTRY run_wgmma_past_end(int bug, const float *x, float *y) { RUN(wgmma_past_end, dim3(1), dim3(128), 512, x, y); }
