@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import linear_oracle as linear
 import pytest
 import test_block_sparse_attention as sparse
 import test_norm_modulate as norms
@@ -178,3 +179,76 @@ def test_block_sparse_attention_on_sm90(case: str, dtype: torch.dtype, monkeypat
     expected = outputs(sparse.dense_formula(**{n: x.double() for n, x in inputs.items()}, keep=keep))
     for name, value in outputs(sparse.dense_formula(**inputs, keep=keep)).items():
         assert_close_to_fp64(actual[name], expected[name], value.to(actual[name].dtype), ulps=8, name=name)
+
+
+# ---- block_linear_attention: chunks of several pieces, the last short, heads that share keys, every option, state in
+# and out, every input strided
+
+LINEAR_CASES: dict[str, tuple[tuple[int, ...], Any, set[str]]] = {
+    "every-option": ((2, 50, 2, 1, 40, 24), 37, linear.EVERY),
+    "listed-chunks": ((1, 66, 1, 1, 16, 112), [1, 32, 33], {"rope", "decay"}),
+    "one-token": ((1, 1, 1, 1, 16, 16), None, linear.EVERY),
+}
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 16 tokens, so that chunks of some dozens have several."""
+    monkeypatch.setattr(_triton.kernels("block_linear_attention"), "PIECE", 16)
+
+
+def linear_call(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any], list[int]]:
+    """q, k, v, the options, and the chunks' lengths."""
+    (batch, tokens, heads, kv_heads, dim, dim_v), chunk_lens, names = LINEAR_CASES[case]
+    lens = linear.lens_of(chunk_lens, tokens)
+    made = linear.options(batch, tokens, heads, dim, dim_v, len(lens), names)
+    given = linear.inputs(batch, tokens, heads, kv_heads, dim, dim_v)
+    return dict(zip("qkv", (x.to(dtype) for x in given), strict=True)), made, lens
+
+
+@pytest.mark.usefixtures("poisoned_empty", "short_pieces")
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_block_linear_attention(case: str, dtype: torch.dtype) -> None:
+    """Outputs, states and the gradients of all that has one."""
+    sizes, chunk_lens, names = LINEAR_CASES[case]
+    for seed in SEEDS:
+        with simt.emulate(80, seed) as session:
+            linear.compare("triton", dtype, sizes, chunk_lens, names, eps=1e-3)
+        assert session.launches, "no kernel was launched"
+        assert not session.reports, "\n".join(map(str, session.reports))
+
+
+@pytest.mark.usefixtures("poisoned_empty", "short_pieces")
+@pytest.mark.parametrize("case", LINEAR_CASES)
+def test_block_linear_attention_on_sm90(case: str, dtype: torch.dtype) -> None:
+    tensors, made, lens = linear_call(case, dtype)
+    extra = {n: linear.to(x, torch.float32) for n, x in made.items()}
+    _, chunk_lens, _ = LINEAR_CASES[case]
+
+    def call() -> Results:
+        args = {**on_strides(tensors), **extra, "chunk_lens": chunk_lens, "eps": 1e-3, "impl": "triton"}
+        out, (kv, k_sum) = hhattn.block_linear_attention(**args, output_final_state=True)
+        return {"out": out, "kv": kv, "k_sum": k_sum}
+
+    def formula(up: torch.dtype) -> Results:
+        out, kv, k_sum = linear.oracle(
+            *(x.to(up) for x in tensors.values()), lens, eps=1e-3, **{n: linear.to(x, up) for n, x in made.items()}
+        )
+        return {"out": out if up == torch.float64 else out.to(dtype), "kv": kv, "k_sum": k_sum}
+
+    actual, expected, baseline = emulated(call, 90), formula(torch.float64), formula(torch.float32)
+    for name, value in expected.items():
+        assert_close_to_fp64(actual[name], value, baseline[name], ulps=8, name=name)
+
+
+@pytest.mark.usefixtures("poisoned_empty", "short_pieces")
+def test_linear_gradients_are_the_same_bits_in_any_order() -> None:
+    tensors, made, _ = linear_call("every-option", torch.bfloat16)
+    extra = {n: linear.to(x, torch.float32) for n, x in made.items()}
+
+    def call() -> Results:
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in tensors.items()}
+        out = hhattn.block_linear_attention(**leaves, **extra, chunk_lens=37, eps=1e-3, impl="triton")
+        return dict(zip(leaves, torch.autograd.grad(out.float().square().sum(), list(leaves.values())), strict=True))
+
+    emulated(call)
