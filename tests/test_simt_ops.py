@@ -116,7 +116,7 @@ SPARSE_CASES: dict[str, dict[str, Any]] = {
     "wide-heads": {"block": (32, 64), "tokens": (70, 130), "d": 112, "dv": 112},
     "one-token": {"block": (16, 32), "tokens": (1, 50), "d": 16, "dv": 16},
 }
-SLOW = {"wide-heads"}
+SLOW = {"wide-heads", "listed-chunks"}
 
 
 def slow_if_long(cases: Mapping[str, Any]) -> list[Any]:
@@ -207,7 +207,7 @@ def linear_call(case: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[
 
 
 @pytest.mark.usefixtures("poisoned_empty", "short_pieces")
-@pytest.mark.parametrize("case", LINEAR_CASES)
+@pytest.mark.parametrize("case", slow_if_long(LINEAR_CASES))
 def test_block_linear_attention(case: str, dtype: torch.dtype) -> None:
     """Outputs, states and the gradients of all that has one."""
     sizes, chunk_lens, names = LINEAR_CASES[case]
@@ -219,7 +219,7 @@ def test_block_linear_attention(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_empty", "short_pieces")
-@pytest.mark.parametrize("case", LINEAR_CASES)
+@pytest.mark.parametrize("case", slow_if_long(LINEAR_CASES))
 def test_block_linear_attention_on_sm90(case: str, dtype: torch.dtype) -> None:
     tensors, made, lens = linear_call(case, dtype)
     extra = {n: linear.to(x, torch.float32) for n, x in made.items()}
