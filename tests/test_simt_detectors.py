@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ SOURCE = Path(__file__).parent / "simt" / "detectors.cu"
 
 # kernel -> the kinds of report that its fault may show as, by the schedule; the first is what it is there for
 FAULTS = {
-    "missing_barrier": ("race", "uninitialized"),
+    "missing_barrier": ("race",),
     "missing_reuse_barrier": ("race",),
-    "missing_warp_sync": ("race", "uninitialized"),
-    "wrong_named_barrier": ("race", "uninitialized"),
-    "halves": ("race", "uninitialized"),
+    "missing_warp_sync": ("race",),
+    "wrong_named_barrier": ("race", "deadlock"),
+    "written_after_arrival": ("race",),
+    "halves": ("race",),
     "halves_of_evens": ("race",),
     "halves_in_place": ("race",),
     "global_halves": ("race",),
@@ -36,12 +38,13 @@ FAULTS = {
     "misaligned_vector": ("misaligned",),
     "split_barrier": ("divergence",),
     "shuffle_in_branch": ("divergence",),
+    "product_in_branch": ("divergence",),
     "missing_arrival": ("deadlock",),
     "inactive_source": ("mask",),
     "endless_poll": ("deadlock",),
     "too_many_threads": ("launch",),
     "weak_wait": ("async-pending", "async-not-waited"),
-    "wait_without_barrier": ("race", "uninitialized"),
+    "wait_without_barrier": ("race", "async-pending"),
     "never_waited": ("async-not-waited",),
     "bulk_no_wait": ("async-pending", "race", "uninitialized", "mbarrier"),
     "bulk_wrong_parity": ("deadlock", "divergence", "async-pending", "race", "uninitialized"),
@@ -57,6 +60,9 @@ FAULTS = {
     "wgmma_operand_reused": ("async-source", "race", "no-proxy-fence"),
     "wgmma_left_in_flight": ("async-not-waited",),
 }
+
+# races that a schedule may hide behind another fault, which ends the launch
+BY_LUCK = {"mbarrier_no_barrier", "bulk_no_reuse_barrier"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +106,10 @@ def test_detector(kernels, emulator, name):
         reports, _ = run(kernels, emulator, name, True, seed)
         assert reports, f"seed {seed}: nothing was reported"
         assert {r.kind for r in reports} <= set(FAULTS[name])
-        kinds |= {r.kind for r in reports}
+        found = {r.kind for r in reports}
+        kinds |= found
+        if FAULTS[name][0] == "race" and name not in BY_LUCK:
+            assert "race" in found, f"seed {seed}: {reports[0]}"
         for r in reports:
             assert r.kernel == f"{name}<true>"
             if r.kind != "launch":
@@ -167,7 +176,7 @@ def test_without_checks_nothing_is_reported(kernels, emulator):
     emulator.options(checks=False)
     kernels.run_missing_barrier(1, address(x), address(y))
     assert not emulator.reports()
-    assert y.isnan().any()  # shared memory that was never written; lanes run one after another
+    assert (y[:63] == 0).any()  # what was there before; lanes run one after another
 
 
 def tickets(kernels, emulator, seed):
@@ -220,6 +229,30 @@ def test_counters(kernels, emulator, stride, passes, sectors):
     assert (shared.cost, shared.minimum) == (passes, 1)
     (read,) = (c for c in emulator.counters() if c.space == "global" and not c.write)
     assert (read.cost, read.minimum, read.line) == (sectors, 4, shared.line)
+
+
+def test_other_threads_may_look_while_a_kernel_runs(kernels, emulator):
+    """What is observed, and the list of tensors, belong to one thread at a time."""
+    x, y = torch.zeros(32 * 32), torch.zeros(32)
+    others = [torch.zeros(8) for _ in range(300)]
+    emulator.options(counters=True)
+    emulator.register(x, "x")
+    emulator.register(y, "y")
+
+    def look():
+        for i, other in enumerate(others):
+            emulator.register(other, f"other {i}")
+            emulator.reports()
+            emulator.counters()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(100):
+        kernels.run_strides(address(x), address(y), 1)
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert not emulator.reports()
+    assert {c.requests for c in emulator.counters()} == {100}
 
 
 def test_without_a_compiler_the_error_says_so(monkeypatch):

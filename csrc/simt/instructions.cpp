@@ -46,7 +46,7 @@ static void load_matrices(uint32_t mask, void *const *args) {
 
 void ldmatrix(uint32_t *r, unsigned count, bool trans, uint32_t address, Site site) {
   MatrixArg x{r, address, count, trans, site};
-  collective(load_matrices, 0xffffffff, &x, trans ? "ldmatrix.trans" : "ldmatrix", site);
+  aligned_collective(load_matrices, &x, trans ? "ldmatrix.trans" : "ldmatrix", site);
 }
 
 static void gather_rows(uint32_t mask, void *const *args) {  // each lane gets the row that it stores
@@ -64,7 +64,7 @@ void stmatrix(uint32_t address, const uint32_t *r, unsigned count, bool trans, S
   uint32_t row[4] = {};
   std::copy(r, r + count, row);
   MatrixArg x{row, address, count, trans, site};
-  collective(gather_rows, 0xffffffff, &x, trans ? "stmatrix.trans" : "stmatrix", site);
+  aligned_collective(gather_rows, &x, trans ? "stmatrix.trans" : "stmatrix", site);
   if (self->lane < 8 * count) mem_write(shared_ptr(address, site), 16, row, site);
 }
 
@@ -132,7 +132,7 @@ void mma(Mma kind, uint32_t *d, const uint32_t *a, const uint32_t *b, const uint
   static constexpr const char *NAMES[] = {"mma.k16.bf16", "mma.k8.bf16", "mma.k16.f16",     "mma.k8.f16",
                                           "mma.k8.tf32",  "mma.k4.tf32", "mma.k16.f16.f16", "mma.k8.f16.f16"};
   MmaArg x{d, a, b, c, kind, site};
-  collective(multiply, 0xffffffff, &x, NAMES[int(kind)], site);
+  aligned_collective(multiply, &x, NAMES[int(kind)], site);
 }
 
 // ---- shuffles and votes

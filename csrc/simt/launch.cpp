@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <mutex>
 #include <numeric>
 #include <set>
 
@@ -18,6 +17,7 @@
 namespace simt {
 
 Machine machine;
+std::recursive_mutex one_at_a_time;
 Thread *self;
 
 // ---- stacks. simt_switch(save, to): keeps what the calling convention says a callee keeps, stores sp, and goes on at `to`.
@@ -350,7 +350,6 @@ using namespace simt;
 
 extern "C" void simt_launch(const char *kernel, Body body, const void *params, const unsigned grid[3], const unsigned block[3],
                             size_t shared_bytes, const void *image) {
-  static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   Machine &m = machine;
   static std::set<std::string> names;

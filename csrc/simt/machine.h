@@ -8,6 +8,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -87,7 +88,7 @@ struct Warp {
     uint32_t mask;
     void *arg;
     const char *name;
-    bool orders;
+    bool orders, aligned;
   } arrivals[WARP];
   uint32_t clock = 1;
   Clocks seen{}, fenced{};  // fenced: generic writes up to there have passed a proxy fence
@@ -226,6 +227,7 @@ struct Machine {
   std::vector<std::pair<const char *, const char *>> image;  // the kernel's library: its constants may be read
 };
 extern Machine machine;
+extern std::recursive_mutex one_at_a_time;  // who launches, or touches tensors, options or what was observed
 
 inline unsigned warp_of(unsigned thread) { return thread / WARP; }
 // Did what `thread` did at `clock` happen before what the running thread does now?
@@ -238,6 +240,7 @@ uint32_t draw(uint32_t below);
 void leave();  // the running fiber gives way: to a ready lane of its warp, or to the scheduler
 void progress();
 // sync.cpp
+void aligned_collective(Collective, void *arg, const char *name, Site);  // of the whole warp, which must come from one place
 void complete_waiting();  // after a thread ended: what waited for it alone goes on
 void describe_deadlock();
 // memory.cpp

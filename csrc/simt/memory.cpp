@@ -351,6 +351,7 @@ using namespace simt;
 extern "C" {
 void simt_register(const void *p, size_t bytes, const char *name, int kind) {
   if (!bytes) return;
+  std::lock_guard lock(one_at_a_time);
   auto *begin = static_cast<char *>(const_cast<void *>(p));
   for (Tensor &t : machine.tensors) {  // the same memory twice is one tensor
     if (t.begin != begin || t.end != begin + bytes) continue;
@@ -366,6 +367,7 @@ void simt_register(const void *p, size_t bytes, const char *name, int kind) {
 }
 
 void simt_unregister_all() {
+  std::lock_guard lock(one_at_a_time);
   for (Tensor &t : machine.tensors) free(t.cells);
   machine.tensors.clear();
   machine.last_tensor = nullptr;

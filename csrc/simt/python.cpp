@@ -17,7 +17,17 @@ static py::tuple place(const char *file, uintptr_t line) {
   return py::make_tuple("", 0, false);
 }
 
+// Held while Python looks; waits without the interpreter's lock, which who holds it may be waiting for.
+struct Gate {
+  Gate() {
+    py::gil_scoped_release release;
+    one_at_a_time.lock();
+  }
+  ~Gate() { one_at_a_time.unlock(); }
+};
+
 static py::list reports() {
+  Gate gate;
   py::list out;
   for (const Report &r : machine.reports) {
     py::dict d;
@@ -34,6 +44,7 @@ static py::list reports() {
 }
 
 static py::list counters() {
+  Gate gate;
   py::list out;
   for (const auto &[key, c] : machine.counters) {
     py::dict d;
@@ -67,13 +78,15 @@ PYBIND11_MODULE(_simt, m) {
         simt_register(reinterpret_cast<void *>(pointer), bytes, name.c_str(), access);
       },
       py::arg("pointer"), py::arg("bytes"), py::arg("name"), py::arg("access"),
+      py::call_guard<py::gil_scoped_release>(),
       "Memory that kernels may touch; access 0: read only, 1: read and write, 2: written before it is read (poisoned now).");
-  m.def("unregister_all", &simt_unregister_all, "Forget all memory.");
-  m.def("reset", &simt_reset, "Forget memory, reports and counters.");
+  m.def("unregister_all", &simt_unregister_all, py::call_guard<py::gil_scoped_release>(), "Forget all memory.");
+  m.def("reset", &simt_reset, py::call_guard<py::gil_scoped_release>(), "Forget memory, reports and counters.");
   m.def(
       "options",
       [](uint64_t seed, bool checks, bool counters, int resident) { simt_options(seed, checks, counters, resident); },
       py::arg("seed") = 0, py::arg("checks") = true, py::arg("counters") = false, py::arg("resident") = 1,
+      py::call_guard<py::gil_scoped_release>(),
       "seed: of the schedule, 0 is the plain order; resident: blocks that run interleaved.");
   m.def("launch", &launch_body, py::arg("kernel"), py::arg("body"), py::arg("params"), py::arg("grid"), py::arg("block"),
         py::arg("shared_bytes") = 0, "Run a kernel: `body` is the address of a simt::Body, `params` what it gets.");

@@ -110,6 +110,7 @@ using namespace simt;
 
 extern "C" {
 void simt_reset() {
+  std::lock_guard lock(one_at_a_time);
   simt_unregister_all();
   machine.reports.clear();
   machine.counters.clear();
@@ -117,6 +118,7 @@ void simt_reset() {
 }
 
 void simt_options(uint64_t seed, int checks, int counters, int resident) {
+  std::lock_guard lock(one_at_a_time);
   machine.options = {seed, checks != 0, counters != 0, unsigned(std::max(1, resident))};
 }
 }

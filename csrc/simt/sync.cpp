@@ -61,7 +61,8 @@ static bool complete(const Block &b, const Barrier &bar) {
   return bar.arrived && bar.arrived >= (bar.count ? bar.count : b.live);
 }
 
-static bool arrive(int id, unsigned count, Site site, const char *what) {
+// `lanes` of the running warp come, with what it did until now.
+static bool arrive(int id, unsigned count, unsigned lanes, Site site, const char *what) {
   if (id < 0 || id > 15) {
     report(site, "barrier", "barrier %d; there are 16", id);
     stop();
@@ -71,7 +72,7 @@ static bool arrive(int id, unsigned count, Site site, const char *what) {
   if (bar.arrived && bar.count != count)
     report(site, "barrier", "%s %d: count %u, where others came with %u", what, id, count, bar.count);
   bar.count = count;
-  bar.arrived++;
+  bar.arrived += lanes;
   Warp &w = *machine.warp;
   join(bar.seen, w.seen);
   join(bar.fenced, w.fenced);
@@ -81,18 +82,12 @@ static bool arrive(int id, unsigned count, Site site, const char *what) {
 }
 
 void barrier(int id, unsigned count, Site site) {
-  bool done = arrive(id, count, site, "bar.sync");
+  bool done = arrive(id, count, 1, site, "bar.sync");
   Barrier &bar = machine.block->barriers[id];
   bar.waiting.push_back(machine.fiber->index);
   wait(State::at_barrier, "a barrier", site);
   if (done) release(*machine.block, bar);
   if (!done || machine.options.seed) leave();
-}
-
-void barrier_arrive(int id, unsigned count, Site site) {
-  bool done = arrive(id, count, site, "bar.arrive");
-  machine.warp->clock++;  // what follows isn't covered
-  if (done) release(*machine.block, machine.block->barriers[id]);
 }
 
 // ---- collectives
@@ -103,8 +98,15 @@ static uint32_t all_arrived(const Warp &w, uint32_t mask) {
 }
 
 static void finish_collective(Block &b, Warp &w, uint32_t lanes, const Warp::Arrival &by) {
+  const unsigned first = unsigned(&w - b.warps.data()) * WARP;
   for (uint32_t rest = lanes; rest; rest &= rest - 1) {
     const Warp::Arrival &other = w.arrivals[__builtin_ctz(rest)];
+    const Fiber &f = b.fibers[first + __builtin_ctz(rest)];
+    if (by.aligned && !same_site(f.at, machine.fiber->at)) {
+      report(machine.fiber->at, "divergence", "lanes of one warp come to %s in different places (thread %u at line %zu)", by.name,
+             f.index, size_t(f.at.line));
+      stop();
+    }
     if (other.name == by.name && other.mask == by.mask) continue;
     report(machine.fiber->at, "divergence", "lanes of one warp meet in different collectives: %s of mask %08x and %s of %08x",
            by.name, by.mask, other.name, other.mask);
@@ -116,19 +118,18 @@ static void finish_collective(Block &b, Warp &w, uint32_t lanes, const Warp::Arr
     by.fn(lanes, args);
   }
   w.arrived &= ~lanes;
-  unsigned first = unsigned(&w - b.warps.data()) * WARP;
   for (uint32_t rest = lanes; rest; rest &= rest - 1) b.fibers[first + __builtin_ctz(rest)].state = State::ready;
   w.ready |= lanes;
   if (by.orders) w.seen[first / WARP] = w.clock++;
   if (machine.options.counters) flush_trace(w);
 }
 
-static void meet(Collective fn, uint32_t mask, void *arg, const char *name, bool orders, Site site) {
+static void meet(Collective fn, uint32_t mask, void *arg, const char *name, bool orders, Site site, bool aligned = false) {
   Warp &w = *machine.warp;
   unsigned lane = machine.fiber->thread.lane;
   if (!(mask >> lane & 1)) report(site, "mask", "%s: lane %u is not in its own mask %08x", name, lane, mask);
   mask |= 1u << lane;
-  w.arrivals[lane] = {fn, mask, arg, name, orders};
+  w.arrivals[lane] = {fn, mask, arg, name, orders, aligned};
   w.arrived |= 1u << lane;
   wait(State::in_collective, name, site);
   uint32_t lanes = all_arrived(w, mask);
@@ -137,6 +138,27 @@ static void meet(Collective fn, uint32_t mask, void *arg, const char *name, bool
 }
 
 void collective(Collective fn, uint32_t mask, void *arg, const char *name, Site site) { meet(fn, mask, arg, name, false, site); }
+
+void aligned_collective(Collective fn, void *arg, const char *name, Site site) { meet(fn, 0xffffffff, arg, name, false, site, true); }
+
+struct ArriveArg {
+  int id;
+  unsigned count;
+  Site site;
+};
+
+static void arrive_together(uint32_t lanes, void *const *args) {
+  const ArriveArg x = *static_cast<ArriveArg *>(args[__builtin_ctz(lanes)]);
+  bool done = arrive(x.id, x.count, unsigned(__builtin_popcount(lanes)), x.site, "bar.arrive");
+  machine.warp->clock++;  // what follows isn't covered
+  if (done) release(*machine.block, machine.block->barriers[x.id]);
+}
+
+// The whole warp at once: a lane that went on alone would publish, through the others' arrivals, what it does after its own.
+void barrier_arrive(int id, unsigned count, Site site) {
+  ArriveArg x{id, count, site};
+  aligned_collective(arrive_together, &x, "bar.arrive", site);
+}
 
 void sync_warp(uint32_t mask, Site site) { meet(nullptr, mask, nullptr, "bar.warp.sync", true, site); }
 

@@ -148,11 +148,11 @@ static void multiply(uint32_t mask, void *const *args) {
 
 void wgmma(const Wgmma &op, uint32_t *const *d, const uint32_t *a, uint64_t a_desc, uint64_t b_desc, Site site) {
   WgmmaArg x{&op, d, a, a_desc, b_desc, site};
-  collective(multiply, 0xffffffff, &x, "wgmma.mma_async", site);
+  aligned_collective(multiply, &x, "wgmma.mma_async", site);
 }
 
 void wgmma_fence(Site site) {
-  collective([](uint32_t, void *const *) { machine.warp->wgmma_fenced = true; }, 0xffffffff, nullptr, "wgmma.fence", site);
+  aligned_collective([](uint32_t, void *const *) { machine.warp->wgmma_fenced = true; }, nullptr, "wgmma.fence", site);
 }
 
 static void commit(uint32_t, void *const *) {
@@ -161,7 +161,7 @@ static void commit(uint32_t, void *const *) {
   w.open = {};
 }
 
-void wgmma_commit(Site site) { collective(commit, 0xffffffff, nullptr, "wgmma.commit_group", site); }
+void wgmma_commit(Site site) { aligned_collective(commit, nullptr, "wgmma.commit_group", site); }
 
 static void deliver(Warp &w, const WgmmaGroup &group) {
   for (auto &key : group.accumulators) {
@@ -180,7 +180,7 @@ static void wait(uint32_t, void *const *args) {
   w.wgmma_fenced = false;
 }
 
-void wgmma_wait(unsigned n, Site site) { collective(wait, 0xffffffff, &n, "wgmma.wait_group", site); }
+void wgmma_wait(unsigned n, Site site) { aligned_collective(wait, &n, "wgmma.wait_group", site); }
 
 bool wgmma_register(const void *p) {
   unsigned lane = machine.fiber->thread.lane;

@@ -11,6 +11,8 @@
 KERNEL missing_barrier(const float *x, float *y) {
   __shared__ float s[64];
   unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncthreads();
   s[t] = x[t];
   if (!Bug) __syncthreads();
   y[t] = s[63 - t];
@@ -35,6 +37,8 @@ ENTRY run_missing_reuse_barrier(int bug, const float *x, float *y) { RUN(missing
 KERNEL missing_warp_sync(const float *x, float *y) {
   __shared__ float s[32];
   unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncwarp();
   s[t] = x[t];
   if (!Bug)
     __syncwarp();
@@ -48,6 +52,8 @@ ENTRY run_missing_warp_sync(int bug, const float *x, float *y) { RUN(missing_war
 KERNEL wrong_named_barrier(const float *x, float *y) {
   __shared__ float s[64];
   unsigned t = threadIdx.x, warp = t / 32;
+  if (warp < 2) s[t] = 0;
+  __syncthreads();
   if (warp < 2) {
     s[t] = x[t];
     simt::barrier_arrive(1, Bug ? 64 : 96);
@@ -60,11 +66,30 @@ KERNEL wrong_named_barrier(const float *x, float *y) {
 }
 ENTRY run_wrong_named_barrier(int bug, const float *x, float *y) { RUN(wrong_named_barrier, dim3(1), dim3(96), 0, x, y); }
 
+// What a lane writes after its own arrival isn't covered by the others'.
+KERNEL written_after_arrival(const float *x, float *y) {
+  __shared__ float s[64];
+  unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncthreads();
+  if (t < 32) {
+    if (!Bug) s[t] = x[t];
+    simt::barrier_arrive(1, 64);
+    if (Bug) s[t] = x[t];
+  } else {
+    simt::barrier(1, 64);
+    y[t] = s[t - 32];
+  }
+}
+ENTRY run_written_after_arrival(int bug, const float *x, float *y) { RUN(written_after_arrival, dim3(1), dim3(64), 0, x, y); }
+
 // Neighbours that share four bytes don't share a place.
 KERNEL halves(const float *x, float *y) {
   __shared__ unsigned short s[64];
   auto *out = reinterpret_cast<unsigned short *>(y);
   unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncthreads();
   s[t] = static_cast<unsigned short>(x[t]);
   out[t] = static_cast<unsigned short>(s[Bug ? t ^ 1 : t] + t);
 }
@@ -233,6 +258,16 @@ KERNEL shuffle_in_branch(const float *x, float *y) {
 }
 ENTRY run_shuffle_in_branch(int bug, const float *x, float *y) { RUN(shuffle_in_branch, dim3(1), dim3(32), 0, x, y); }
 
+KERNEL product_in_branch(const float *x, float *y) {
+  uint32_t a[4] = {}, b[2] = {}, c[4] = {}, d[4];
+  if (!Bug || threadIdx.x < 16)
+    simt::ptx::mma(simt::ptx::Mma::bf16_k16, d, a, b, c);
+  else
+    simt::ptx::mma(simt::ptx::Mma::bf16_k16, d, c, b, a);
+  y[threadIdx.x] = simt::bits_to_float(d[0]) + x[0];
+}
+ENTRY run_product_in_branch(int bug, const float *x, float *y) { RUN(product_in_branch, dim3(1), dim3(32), 0, x, y); }
+
 KERNEL missing_arrival(const float *x, float *y) {
   unsigned t = threadIdx.x;
   if (!Bug || t < 32) simt::barrier(3, 64);
@@ -269,8 +304,10 @@ __device__ inline uint32_t bring(uint32_t s, const float *x, int half) {
 template <bool WeakWait, bool NoBarrier, bool NoWait>
 __device__ void copies(const float *x, float *y) {
   DYNAMIC_SHARED(smem);
-  auto *s = reinterpret_cast<const float *>(smem);
+  auto *s = reinterpret_cast<float *>(smem);
   uint32_t at = simt::shared_address(smem);
+  for (int i = 0; i < 8; i++) s[threadIdx.x + 32 * i] = 0;
+  __syncthreads();
   for (int half = 0; half < 2; half++) bring(at, x, half);
   if (!NoWait) simt::cp_async_wait(WeakWait ? 1 : 0);
   if (!NoBarrier) __syncthreads();
