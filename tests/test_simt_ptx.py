@@ -145,7 +145,18 @@ INTEGERS: dict[str, Callable[..., np.ndarray]] = {
     "mov.b32 {%rs1, %rs2}, A; mov.b32 D, {%rs2, %rs1}": scalar(lambda a, b, c: a >> 16 | a << 16),
     "mov.b32 {_, %rs2}, A; cvt.u32.u16 D, %rs2": scalar(lambda a, b, c: a >> 16),
     "mul.wide.s32 %rd6, A, B; mov.b64 {_, D}, %rd6": scalar(lambda a, b, c: signed(a) * signed(b) >> 32),
-    "mov.b32 D, 0; @!%p8 mov.b32 D, A": scalar(lambda a, b, c: a),
+    "setp.ne.b32 %p8, A, A; mov.b32 D, 0; @!%p8 mov.b32 D, A": scalar(lambda a, b, c: a),
+    "mov.b32 D, %r50": scalar(lambda a, b, c: 0xFFFFFFFF),  # never written
+    "st.global.b32 [%rd4], A; ld.global.s8 D, [%rd4]": scalar(lambda a, b, c: signed(a & 255, 8)),
+    "ld.global.s16 %rd6, [%rd3+2]; shr.u64 %rd7, %rd6, 16; cvt.u32.u64 D, %rd7": scalar(
+        lambda a, b, c: signed(a) >> 31
+    ),
+    "ld.global.u16 D, [%rd3+2]": scalar(lambda a, b, c: a >> 16),
+    "shfl.sync.down.b32 %r5|%p1, A, 31, 31, -1; selp.b32 D, A, 0, %p1": lambda a, b, c: np.where(
+        np.arange(N) % 32, 0, a
+    ),
+    "shfl.sync.idx.b32 D|%p1, A, 3, 31, -1; selp.b32 D, 1, 0, %p1": scalar(lambda a, b, c: 1),
+    "add.s32 %r5, A, 1; setp.gt.s32 %p1, %r5, A; selp.b32 D, 1, 0, %p1": scalar(lambda a, b, c: a != 0x7FFFFFFF),
 }
 f32 = np.float32
 
@@ -260,9 +271,84 @@ def test_half_precision_numbers_convert_both_ways() -> None:
             np.testing.assert_array_equal(out[1][numbers], bits[numbers])
 
 
+@pytest.mark.parametrize(("kind", "one", "bits"), [("f16", 0x3C00, 10), ("bf16", 0x3F80, 7)])
+def test_half_precision_fma_rounds_once(kind: str, one: int, bits: int) -> None:
+    """(1 + u) 1.5 is a tie; plus or minus 2^-24 decides it, and in float that is lost."""
+    dtype = torch.float16 if kind == "f16" else torch.bfloat16
+    tiny = half(np.where(np.arange(N) % 2, 2.0**-24, -(2.0**-24)).astype(f32), dtype)
+    middle = one + (1 << (bits - 1))
+    a, b = (np.full(N, x, np.uint32) for x in (one + 1, middle))
+    expected = (middle + 1 + np.arange(N) % 2).astype(np.uint32)
+    words = np.stack([x | x << 16 for x in (a, b, tiny)]).astype(np.uint32)
+    scalar_fma = "mov.b32 {%rs1, _}, %r1;\nmov.b32 {%rs2, _}, %r2;\nmov.b32 {%rs3, _}, %r3;\n"
+    scalar_fma += f"fma.rn.{kind} %rs4, %rs1, %rs2, %rs3;\ncvt.u32.u16 %r101, %rs4;"
+    out = run(f"fma.rn.{kind}x2 %r100, %r1, %r2, %r3;\n{scalar_fma}", words, 2)
+    np.testing.assert_array_equal(out, [expected | expected << 16, expected])
+
+
+def test_integers_round_once_to_half_precision() -> None:
+    x = np.array([2**24 + 2**16 + 1, 2**24 + 2**16 - 1, 257, 258, 2**31 - 1, 0, 1, -3] * 8, np.int64)
+    out = run(
+        "cvt.rn.bf16.s32 %rs1, %r1;\ncvt.u32.u16 %r100, %rs1;", np.stack([x.astype(np.int32).view(np.uint32)] * 3), 1
+    )
+    with np.errstate(all="ignore"):
+        step = 2.0 ** np.maximum(np.frexp(x.astype(np.float64))[1] - 8, 0)
+    np.testing.assert_array_equal(out[0], half((np.rint(x / step) * step).astype(f32), torch.bfloat16))
+
+
+def test_a_signed_parameter_is_extended() -> None:
+    text = """
+.visible .entry one(.param .u64 .ptr .global .align 1 one_param_0, .param .u32 one_param_1)
+{
+    .reg .b64 %rd<4>;
+    ld.param.b64 %rd1, [one_param_0];
+    ld.param.s32 %rd2, [one_param_1];
+    ld.param.u32 %rd3, [one_param_1];
+    st.global.b64 [%rd1], %rd2;
+    st.global.b64 [%rd1+8], %rd3;
+    ret;
+}
+"""
+    out = torch.zeros(2, dtype=torch.int64)
+    emulator = runtime()
+    emulator.reset()
+    emulator.options()
+    emulator.register(out, "out", WRITE_FIRST)
+    packed = out.data_ptr().to_bytes(8, "little") + (2**32 - 1).to_bytes(8, "little")
+    emulator.launch("one", build.load(text), packed, (1, 1, 1), (1, 1, 1))
+    assert out.tolist() == [-1, 2**32 - 1]
+
+
 @pytest.mark.parametrize(
     "code",
-    ["frobnicate.f32 %r100, %r1;", "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2;", "mma.sync.aligned.m8n8k4 %r1;"],
+    [
+        "frobnicate.f32 %r100, %r1;",
+        "cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2;",
+        "mma.sync.aligned.m8n8k4 %r1;",
+        "add.rz.f32 %r100, %r1, %r2;",
+        "add.sat.s32 %r100, %r1, %r2;",
+        "add.cc.u32 %r100, %r1, %r2;",
+        "cvt.rz.bf16x2.f32 %r100, %r1, %r2;",
+        "cvt.rz.f32.f64 %r100, %rd1;",
+        "setp.lt.f16x2 %p1, %r1, %r2;",
+        "brev.b64 %rd1, %rd2;",
+        "max.f64 %rd1, %rd2, %rd3;",
+        "min.xorsign.abs.f32 %r100, %r1, %r2;",
+        "add.s32 %r100, %r1, %r2, %r3;",
+        "add.s32 %r100|%r5, %r1, %r2;",
+        "fma.rn.f32.bf16 %r100, %rs1, %rs2, %r3;",
+        "cp.async.cg.shared.global.L2::cache_hint [%r1], [%rd3], 16, %rd1;",
+        "cp.async.cg.shared.global [%r1], [%rd3], 16, %p1;",
+        "cp.async.cg.shared.global [%r1], [%rd3], 16, 16, %rd1;",
+        "st.global.L2::cache_hint.b32 [%rd4], %r1, %rd1;",
+        "st.global.b32 [%rd4], %r1, %rd1;",
+        "ld.global.v4.b32 {%r1, %r2}, [%rd3];",
+        "ld.volatile.global.b32 %r1, [%rd3];",
+        "mul.wide.s64 %rd1, %rd2, %rd3;",
+        "bar.red.popc.u32 %r1, 0, %p1;",
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, "
+        "{%r1, %r2, %r3, %r4};",
+    ],
 )
 def test_an_unknown_instruction_is_refused_by_name(code: str) -> None:
     with pytest.raises(

@@ -55,6 +55,15 @@ To to_integer(double x) {  // clamps; 0 for NaN
   return x != x ? To(0) : x < low ? To(low) : x >= high ? most : To(x);
 }
 
+// An integer of up to 32 bits as a float that rounds on to 16 bits as the integer itself would: what is cut off leaves the last bit set.
+inline float to_odd(int64_t x) {
+  auto f = float(x);
+  if (int64_t(f) == x) return f;
+  uint32_t b = bits(f);
+  if ((int64_t(f) > x) == (x > 0)) b--;  // it was rounded away from zero
+  return f32(b | 1);
+}
+
 // ---- integers
 template <class T>
 struct Wide;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hhattn.simt._values import BITS, Values
-from hhattn.simt.ptx import Immediate, Instruction, Vector
+from hhattn.simt.ptx import Immediate, Instruction, Operand, Register, Vector
 
 
 def _pointer(v: Values, ins: Instruction, address: int) -> str:
@@ -14,31 +14,41 @@ def _pointer(v: Values, ins: Instruction, address: int) -> str:
     return f"simt::shared_ptr({where})" if ins.parts[1].startswith("shared") else f"tr::global({where})"
 
 
+def _as_many(ins: Instruction, x: Operand) -> tuple[Operand, ...]:
+    """The registers of a load or store: as many as its ``.v2`` or ``.v4`` says."""
+    items = x.items if isinstance(x, Vector) else (x,)
+    if len(items) != next((int(p[1]) for p in ins.parts if p in ("v2", "v4")), 1):
+        raise ValueError(f"{len(items)} registers")
+    return items
+
+
 def _load(v: Values, ins: Instruction) -> str:
+    """A register wider than what is loaded takes it sign-extended where the type is signed."""
     d, a = ins.operands
     if ins.parts[1] == "param":
-        return f"{v.name(d)} = tr::param<uint{BITS[ins.type]}_t>(params, {v.param(a)});"
+        return f"{v.name(d)} = tr::param<{v.ctype(ins.type)}>(params, {v.param(a)});"
     if not ins.parts[1].startswith(("global", "shared")):
         raise KeyError(ins.parts[1])
-    into = d.items if isinstance(d, Vector) else (d,)
+    into = _as_many(ins, d)
     moves = " ".join(f"{v.name(x)} = V[{i}];" for i, x in enumerate(into))
-    return f"uint{BITS[ins.type]}_t V[{len(into)}]; tr::load(V, {_pointer(v, ins, 1)}); {moves}"
+    return f"{v.ctype(ins.type)} V[{len(into)}]; tr::load(V, {_pointer(v, ins, 1)}); {moves}"
 
 
 def _store(v: Values, ins: Instruction) -> str:
     if not ins.parts[1].startswith(("global", "shared")):
         raise KeyError(ins.parts[1])
-    values = v.list(ins.operands[1])
+    values = [v.bits(x) for x in _as_many(ins, ins.operands[1])]
     width = f"uint{BITS[ins.type]}_t"
     listed = ", ".join(f"{width}({x})" for x in values)
     return f"const {width} V[] = {{{listed}}}; tr::store(V, {_pointer(v, ins, 0)});"
 
 
 def _shuffle(v: Values, ins: Instruction) -> str:
-    """shfl.sync.MODE.b32 d, a, b, c, mask."""
+    """shfl.sync.MODE.b32 d, a, b, c, mask; ``d|p``: p says whether the lane that was asked is there."""
     d, a, b, c, mask = ins.operands
+    second = f", &{d.second}" if isinstance(d, Register) and d.second else ""
     arguments = ", ".join(v.raw(x, "b32") for x in (a, b, c, mask))
-    return f"{v.name(d)} = simt::ptx::shfl(simt::ptx::Shfl::{ins.parts[2]}, {arguments});"
+    return f"{v.name(d)} = simt::ptx::shfl(simt::ptx::Shfl::{ins.parts[2]}, {arguments}{second});"
 
 
 def _redux(v: Values, ins: Instruction) -> str:
@@ -75,6 +85,9 @@ def _mma(v: Values, ins: Instruction) -> str:
     if (size, rows, columns) != ("m16n8", "row", "col") or not known:
         raise KeyError(".".join(ins.parts[3:]))
     d, a, b, c = (v.list(x) for x in ins.operands)
+    words = int(depth) // (4 if types[1] == "tf32" else 8)
+    if [len(x) for x in (d, a, b, c)] != [4, 2 * words, words, 4]:
+        raise ValueError("fragments of another size")
     fragments = f"uint32_t A[] = {{{', '.join(a)}}}, B[] = {{{', '.join(b)}}}, C[] = {{{', '.join(c)}}};"
     call = f"simt::ptx::mma(simt::ptx::Mma::{types[1]}_k{depth}, C, A, B, C);"
     return " ".join([fragments, call, *(f"{x} = C[{i}];" for i, x in enumerate(d))])
@@ -86,8 +99,8 @@ def _matrix(v: Values, ins: Instruction) -> str:
     fragment, address = ins.operands if loads else reversed(ins.operands)
     registers = v.list(fragment)
     how = f"{len(registers)}, {'true' if 'trans' in ins.parts else 'false'}"
-    if "m8n8" not in ins.parts or ins.type != "b16":
-        raise KeyError(".".join(ins.parts[3:]))
+    if f"x{len(registers)}" not in ins.parts:
+        raise ValueError(f"{len(registers)} registers")
     if loads:
         moves = " ".join(f"{x} = V[{i}];" for i, x in enumerate(registers))
         return f"uint32_t V[{len(registers)}]; simt::ptx::ldmatrix(V, {how}, {v.address(address)}); {moves}"
@@ -106,6 +119,8 @@ def _copy(v: Values, ins: Instruction) -> str:
     if kind not in ("ca", "cg"):
         raise KeyError(kind)
     to, of, size, *some = ins.operands
+    if any(isinstance(x, Register) and v.type(x) != "b32" for x in some):
+        raise ValueError("an operand that is no src-size")
     used = v.raw(some[0] if some else size, "b32")
     return f"simt::cp_async({v.address(to)}, tr::global({v.address(of)}), {v.raw(size, 'b32')}, {used});"
 

@@ -22,7 +22,12 @@ class Values:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self._types = {prefix: type_ for type_, prefix, _ in kernel.registers}
         self._params = {name: (i, type_) for i, (type_, name) in enumerate(kernel.params)}
+
+    def type(self, x: Register) -> str:
+        """What a register is declared as."""
+        return self._types[x.name.rstrip("0123456789")]
 
     @staticmethod
     def storage(type_: str) -> str:

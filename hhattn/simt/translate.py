@@ -1,6 +1,7 @@
 """PTX to C++ that the emulator (csrc/simt) runs, one statement an instruction.
 
-A register becomes a variable that holds its bits, ``%r7`` → ``uint32_t r7``; an instruction reads them as the type it
+A register becomes a variable that holds its bits, ``%r7`` → ``uint32_t r7``, all of them ones (NaN as a float) until it
+is written; an instruction reads them as the type it
 names and writes bits back. What involves other threads or memory is a call of an instruction twin (csrc/simt/ptx.h), so
 every access is checked there, out of line. ``#line`` gives each statement the line of the Triton source that its
 ``.loc`` names: reports speak of that. Approximate instructions (ex2.approx, div.full, …) are computed in full float32
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hhattn.simt import _memory_ops
+from hhattn.simt._forms import check
 from hhattn.simt._values import BITS, Values
 from hhattn.simt.ptx import Instruction, Kernel, Label, Operand, PtxError, Register, Symbol, Vector, parse
 
@@ -45,13 +47,17 @@ def _arithmetic(v: Values, ins: Instruction) -> str:
     table, ftz = _FLOAT[ins.base], "ftz" in ins.parts
     if "NaN" in ins.parts:
         table = table.replace("(", "_nan(", 1)
-    if type_.endswith("x2"):
-        scalar = type_[:-2]
+    scalar = type_.removesuffix("x2")
+    read: Callable[[str, str, bool], str] = v.read
+    if ins.base == "fma" and scalar in ("f16", "bf16"):  # of bits, since fma in float would round twice
+        table = f"simt::from_{scalar}(simt::ptx::fma_{scalar}({{0}}, {{1}}, {{2}}))"
+        read = lambda bits, type_, ftz: bits  # noqa: E731
+    if type_ != scalar:
         raw = [v.bits(x) for x in ins.operands[1:]]
-        halves = (table.format(*(v.read(f"tr::half{i}({x})", scalar, ftz) for x in raw)) for i in (0, 1))
+        halves = (table.format(*(read(f"tr::half{i}({x})", scalar, ftz) for x in raw)) for i in (0, 1))
         low, high = (v.written(v.finish(ins, e), scalar, ftz) for e in halves)
         return f"{v.name(ins.operands[0])} = tr::pack({low}, {high});"
-    value = table.format(*(v.get(x, type_, ftz) for x in ins.operands[1:]))
+    value = table.format(*(read(v.bits(x), type_, ftz) for x in ins.operands[1:]))
     return v.set(ins.operands[0], type_, v.finish(ins, value), ftz)
 
 
@@ -161,7 +167,9 @@ def _cvt(v: Values, ins: Instruction) -> str:
     elif "sat" in ins.parts:
         raise KeyError("sat")
     if "rz" in ins.parts and to in ("f16", "bf16"):
-        return f"{v.name(d)} = simt::to_{to}({value}, simt::Round::zero);"
+        return f"{v.name(d)} = simt::to_{to}({v.finish(ins, value)}, simt::Round::zero);"
+    if to in ("f16", "bf16") and of not in _FLOATS:
+        value = f"tr::to_odd({value})"
     return v.set(d, to, v.finish(ins, value), ftz)
 
 
@@ -214,6 +222,7 @@ def _named(operands: tuple[Operand, ...]) -> set[str]:
 
 def _statement(v: Values, kernel: Kernel, ins: Instruction, pending: set[str]) -> str:
     try:
+        check(ins)
         code = _TABLE[ins.base](v, ins)
     except (KeyError, ValueError, StopIteration, AttributeError, TypeError) as e:
         raise PtxError(
@@ -235,7 +244,7 @@ def translate(text: str) -> str:
     v, pending = Values(kernel), _accumulators(kernel)
     out = ['#include "translated.h"', 'extern "C" void simt_kernel(const void *params) {']
     for type_, prefix, count in kernel.registers:
-        out += [f"{v.storage(type_)} {prefix}{i}{{}};" for i in range(count)]
+        out += [f"{v.storage(type_)} {prefix}{i} = {v.storage(type_)}(-1);" for i in range(count)]
     for item in kernel.body:
         if isinstance(item, Label):
             out.append(f"{v.label(item.name)}:;")
