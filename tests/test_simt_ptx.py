@@ -364,6 +364,19 @@ def test_text_that_is_no_ptx_is_refused() -> None:
         parse("// nothing")
 
 
+def test_a_body_goes_on_behind_scopes_of_inline_assembly() -> None:
+    inside = "{ // }\nadd.s32 %r5, %r1, 1;\n}\nadd.s32 %r100, %r5, 1;"
+    np.testing.assert_array_equal(run(inside, U32, 1)[0], U32[0] + np.uint32(2))
+    with pytest.raises(PtxError, match="braces"):
+        parse(kernel("{", 1))
+
+
+def test_a_parameter_that_is_an_array_is_refused() -> None:
+    text = kernel("", 1).replace("(.param", "(.param .align 8 .b8 one_param_2[16], .param")
+    with pytest.raises(PtxError, match=r"one: can't read the parameter '.param .align 8 .b8 one_param_2\[16\]'"):
+        parse(text)
+
+
 def test_which_parameters_are_stored_through() -> None:
     assert stored(parse(kernel("", 1))) == {1}
     assert stored(parse(kernel("st.global.b32 [%rd3], %r1;", 0))) == {0}

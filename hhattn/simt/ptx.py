@@ -102,7 +102,7 @@ class Kernel:
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.S)
-_PARAM = re.compile(r"\.param\s+\.(\w+)[^,]*?([\w$]+)\s*(?:,|$)")
+_PARAM = re.compile(r"\.param\s+\.(\w+)[^\[\]]*?([\w$]+)")
 _REG = re.compile(r"\.reg\s+\.(\w+)\s+%(\w+?)<(\d+)>;")
 _INSTRUCTION = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;", re.S)
 _NUMBER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
@@ -148,6 +148,16 @@ def operand(text: str) -> Operand:
     raise ValueError(text)
 
 
+def _closing(kernel: str, text: str, begin: int) -> int:
+    """Where the brace at ``begin`` is closed; scopes of inline assembly open and close inside."""
+    depth = 0
+    for found in re.finditer(r"//[^\n]*|[{}]", text[begin:]):
+        depth += (found[0] == "{") - (found[0] == "}")
+        if depth == 0 and found[0] == "}":
+            return begin + found.start()
+    raise PtxError(f"{kernel}: the body's braces don't match")
+
+
 def _statements(body: str) -> list[str]:
     """Lines of a body; lines that an instruction goes on over are joined."""
     out: list[str] = []
@@ -173,12 +183,15 @@ def parse(text: str) -> Kernel:
     entry = _ENTRY.search(text)
     if entry is None:
         raise PtxError("no .entry in the PTX")
-    params = _PARAM.findall(re.sub(r"//[^\n]*", "", entry[2]).replace("\n", " "))
-    kernel = Kernel(entry[1], params)
+    kernel = Kernel(entry[1], [])
+    for param in split(re.sub(r"//[^\n]*", "", entry[2]).replace("\n", " ")):
+        if not (found := _PARAM.fullmatch(param)):  # an array, which takes more than 8 bytes
+            raise PtxError(f"{kernel.name}: can't read the parameter {param!r}")
+        kernel.params.append((found[1], found[2]))
     kernel.shared = set(re.findall(r"\.extern\s+\.shared[^;]*?([\w$]+)\[\];", text))
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text))
     begin = text.index("{", entry.end())
-    end = text.find("\n}", begin)
+    end = _closing(kernel.name, text, begin)
     at = Location("?", 1)
     for statement in _statements(text[begin + 1 : end]):
         if found := re.match(r"\.loc\s+(\d+)\s+(\d+)", statement):
