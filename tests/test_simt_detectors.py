@@ -19,6 +19,8 @@ FAULTS = {
     "missing_warp_sync": ("race",),
     "wrong_named_barrier": ("race", "deadlock"),
     "written_after_arrival": ("race",),
+    "half_a_warp_meets": ("race",),
+    "one_lane_waits": ("race",),
     "halves": ("race",),
     "halves_of_evens": ("race",),
     "halves_in_place": ("race",),

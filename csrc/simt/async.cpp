@@ -75,6 +75,7 @@ static MBarrier &find(uint32_t bar, const char *what, Site site) {
 
 static void release(MBarrier &m) {  // what the running thread did is seen by those who see the phase complete
   join(m.seen, machine.warp->seen);
+  if (!machine.warp->lane_seen.empty()) join(m.seen, machine.warp->lane_seen[machine.fiber->thread.lane]);
   join(m.fenced, machine.warp->fenced);
   m.seen[machine.fiber->thread.warp] = std::max(m.seen[machine.fiber->thread.warp], machine.warp->clock);
 }
@@ -157,7 +158,7 @@ bool mbarrier_test(uint32_t bar, unsigned parity, Site site) {
     yield(site);
     return false;
   }
-  join(machine.warp->seen, m.seen);
+  acquire(m.seen);
   join(machine.warp->fenced, m.fenced);
   return true;
 }

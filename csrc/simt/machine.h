@@ -92,6 +92,9 @@ struct Warp {
   } arrivals[WARP];
   uint32_t clock = 1;
   Clocks seen{}, fenced{};  // fenced: generic writes up to there have passed a proxy fence
+  // What some lanes see beyond `seen`, empty if none does: by [lane][warp], who waited for an mbarrier; by [lane][other lane of this
+  // warp], who met in a __syncwarp of a part of the warp.
+  std::vector<Clocks> lane_seen, lane_met;
   std::map<std::pair<unsigned, uint32_t *>, Accumulator> accumulators;
   WgmmaGroup open;
   std::deque<WgmmaGroup> committed;
@@ -230,9 +233,16 @@ extern Machine machine;
 extern std::recursive_mutex one_at_a_time;  // who launches, or touches tensors, options or what was observed
 
 inline unsigned warp_of(unsigned thread) { return thread / WARP; }
+// Does the running lane see it, though not all of its warp do?
+inline bool seen_by_lane(unsigned thread, uint32_t clock) {
+  const Warp &w = *machine.warp;
+  const Thread &me = machine.fiber->thread;
+  if (!w.lane_seen.empty() && clock <= w.lane_seen[me.lane][warp_of(thread)]) return true;
+  return !w.lane_met.empty() && warp_of(thread) == me.warp && clock <= w.lane_met[me.lane][thread % WARP];
+}
 // Did what `thread` did at `clock` happen before what the running thread does now?
 inline bool ordered(unsigned thread, uint32_t clock) {
-  return thread == machine.fiber->index || clock <= machine.warp->seen[warp_of(thread)];
+  return thread == machine.fiber->index || clock <= machine.warp->seen[warp_of(thread)] || seen_by_lane(thread, clock);
 }
 
 // launch.cpp
@@ -240,6 +250,7 @@ uint32_t draw(uint32_t below);
 void leave();  // the running fiber gives way: to a ready lane of its warp, or to the scheduler
 void progress();
 // sync.cpp
+void acquire(const Clocks &);  // the running lane sees this from now on
 void aligned_collective(Collective, void *arg, const char *name, Site);  // of the whole warp, which must come from one place
 void complete_waiting();  // after a thread ended: what waited for it alone goes on
 void describe_deadlock();

@@ -75,10 +75,12 @@ static std::string shared_name(size_t cell) {
 
 // Has another thread written these bytes, unordered? `atomic`: this is an atomic too, and those don't race.
 static const uint16_t *by_other(const Cell &c, unsigned mask, const Toucher &me, bool atomic = false) {
-  if (c.wrote & mask && c.writer != me.thread && !(atomic && c.atomic) && c.clock > me.warp.seen[warp_of(c.writer)]) return &c.writer;
+  if (c.wrote & mask && c.writer != me.thread && !(atomic && c.atomic) && c.clock > me.warp.seen[warp_of(c.writer)] &&
+      !seen_by_lane(c.writer, c.clock))
+    return &c.writer;
   const Older &o = c.older;
   if (__builtin_expect(o.wrote & mask, 0) && o.writer != me.thread && !(atomic && o.atomic) &&
-      o.clock > me.warp.seen[warp_of(o.writer)])
+      o.clock > me.warp.seen[warp_of(o.writer)] && !seen_by_lane(o.writer, o.clock))
     return &o.writer;
   return nullptr;
 }
@@ -104,6 +106,14 @@ static void read_cell(Toucher &me, size_t index, unsigned mask) {
   }
 }
 
+// Of several readers it isn't known who: one that the lane has met stands for all.
+static bool seen_by_some_lane(unsigned warp, uint32_t clock) {
+  if (machine.warp->lane_seen.empty() && machine.warp->lane_met.empty()) return false;
+  for (unsigned lane = 0; lane < WARP; lane++)
+    if (seen_by_lane(warp * WARP + lane, clock)) return true;
+  return false;
+}
+
 static void check_readers(const Toucher &me, size_t index, unsigned mask) {
   const Reads *reads = &me.block.reads[index * machine.warps];
   for (unsigned w = 0; w < machine.warps; w++)
@@ -112,6 +122,7 @@ static void check_readers(const Toucher &me, size_t index, unsigned mask) {
       if (__builtin_expect(r >> 8 <= me.warp.seen[w] || !(r & mask >> 2 * h & 3), 1)) continue;
       unsigned lane = r >> 2 & 63;
       if (w == me.warp_index && lane == me.lane) continue;
+      if (lane < WARP ? seen_by_lane(w * WARP + lane, r >> 8) : seen_by_some_lane(w, r >> 8)) continue;
       return race(me.site, "shared", shared_name(index), "written after a read by", w * WARP + (lane == WARP ? me.lane ^ 1 : lane));
     }
 }

@@ -75,6 +75,7 @@ static bool arrive(int id, unsigned count, unsigned lanes, Site site, const char
   bar.arrived += lanes;
   Warp &w = *machine.warp;
   join(bar.seen, w.seen);
+  if (!w.lane_seen.empty()) join(bar.seen, w.lane_seen[machine.fiber->thread.lane]);
   join(bar.fenced, w.fenced);
   uint32_t &own = bar.seen[machine.fiber->thread.warp];
   own = std::max(own, w.clock);
@@ -95,6 +96,39 @@ void barrier(int id, unsigned count, Site site) {
 static uint32_t all_arrived(const Warp &w, uint32_t mask) {
   uint32_t need = mask & w.live;
   return (w.arrived & need) == need ? need : 0;
+}
+
+void acquire(const Clocks &clocks) {
+  Warp &w = *machine.warp;
+  if (w.lane_seen.empty()) w.lane_seen.resize(WARP);
+  join(w.lane_seen[machine.fiber->thread.lane], clocks);
+  Clocks all;  // what every lane sees, the warp does
+  all.fill(~0u);
+  for (uint32_t rest = w.live; rest; rest &= rest - 1)
+    for (unsigned i = 0; i < MAX_WARPS; i++) all[i] = std::min(all[i], w.lane_seen[__builtin_ctz(rest)][i]);
+  join(w.seen, all);
+}
+
+// These lanes met where memory is ordered. If it's all that live, the warp sees what any of them did; else only they do.
+static void order_lanes(Warp &w, uint32_t lanes, unsigned index) {
+  Clocks seen{}, met{};
+  for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+    unsigned lane = __builtin_ctz(rest);
+    if (!w.lane_seen.empty()) join(seen, w.lane_seen[lane]);
+    if (!w.lane_met.empty()) join(met, w.lane_met[lane]);
+    met[lane] = w.clock;
+  }
+  if (lanes == w.live) {
+    join(w.seen, seen);
+    w.seen[index] = w.clock;
+  } else {
+    if (w.lane_met.empty()) w.lane_met.resize(WARP);
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+      join(w.lane_met[__builtin_ctz(rest)], met);
+      if (!w.lane_seen.empty()) join(w.lane_seen[__builtin_ctz(rest)], seen);
+    }
+  }
+  w.clock++;
 }
 
 static void finish_collective(Block &b, Warp &w, uint32_t lanes, const Warp::Arrival &by) {
@@ -120,7 +154,7 @@ static void finish_collective(Block &b, Warp &w, uint32_t lanes, const Warp::Arr
   w.arrived &= ~lanes;
   for (uint32_t rest = lanes; rest; rest &= rest - 1) b.fibers[first + __builtin_ctz(rest)].state = State::ready;
   w.ready |= lanes;
-  if (by.orders) w.seen[first / WARP] = w.clock++;
+  if (by.orders) order_lanes(w, lanes, first / WARP);
   if (machine.options.counters) flush_trace(w);
 }
 

@@ -83,6 +83,46 @@ KERNEL written_after_arrival(const float *x, float *y) {
 }
 ENTRY run_written_after_arrival(int bug, const float *x, float *y) { RUN(written_after_arrival, dim3(1), dim3(64), 0, x, y); }
 
+// Half of a warp meets: the other half's writes are as unordered as before.
+KERNEL half_a_warp_meets(const float *x, float *y) {
+  __shared__ float s[32];
+  unsigned t = threadIdx.x;
+  s[t] = 0;
+  __syncwarp();
+  s[t] = x[t];
+  if (t < 16)
+    __syncwarp(0xffff);
+  else
+    __syncwarp(0xffff0000);
+  y[t] = s[t ^ (Bug ? 16 : 1)];
+}
+ENTRY run_half_a_warp_meets(int bug, const float *x, float *y) { RUN(half_a_warp_meets, dim3(1), dim3(32), 0, x, y); }
+
+// One lane waits for the other warp; the rest may read only once they have met it.
+KERNEL one_lane_waits(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<float *>(smem);
+  uint32_t bar = simt::shared_address(smem) + 128;
+  unsigned t = threadIdx.x;
+  if (t == 0) simt::mbarrier_init(bar, 32);
+  if (t < 32) s[t] = 0;
+  __syncthreads();
+  if (t < 32) {
+    s[t] = x[t];
+    simt::mbarrier_arrive(bar);
+  } else {
+    if (t == 32)
+      while (!simt::mbarrier_test(bar, 0)) {
+      }
+    if (Bug)
+      __shfl_xor_sync(0xffffffff, x[t], 1);
+    else
+      __syncwarp();
+    y[t] = s[63 - t];
+  }
+}
+ENTRY run_one_lane_waits(int bug, const float *x, float *y) { RUN(one_lane_waits, dim3(1), dim3(64), 136, x, y); }
+
 // Neighbours that share four bytes don't share a place.
 KERNEL halves(const float *x, float *y) {
   __shared__ unsigned short s[64];
