@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hhattn.ops import _triton
@@ -24,6 +26,8 @@ _FORMATS = {"i1": "?", "u1": "?", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64
     for sign in "iu"
     for bits, letter in ((8, "b"), (16, "h"), (32, "i"), (64, "q"))
 }
+
+_GAP = 1 << 16  # bytes between tensors; a multiple of 512
 
 
 @dataclass
@@ -86,18 +90,29 @@ class Session:
         self.launches[launch.name] += 1
         emulator = runtime()
         emulator.unregister_all()
-        for begin, end, name, writable in _spans(parameters, kernel.stored):
-            emulator.register_range(begin, end, name, READ_WRITE if writable else READ_ONLY)
-        packed = b"".join(_pack(launch.name, *p) for p in parameters).ljust(8 * kernel.params, b"\0")
+        spans = _spans(parameters, kernel.stored)
+        arena = torch.empty(sum(end - begin + _GAP for begin, end, _, _ in spans), dtype=torch.uint8)
+        moved, at = [], arena.data_ptr()
+        for begin, end, name, writable in spans:  # apart, so that what lies beyond one is no other's
+            at += (begin - at) % 256 + _GAP // 2
+            ctypes.memmove(at, begin, end - begin)
+            emulator.register_range(at, at + end - begin, name, READ_WRITE if writable else READ_ONLY)
+            moved.append((begin, end, at))
+            at += end - begin
+        packed = b"".join(_pack(launch.name, *p, moved) for p in parameters).ljust(8 * kernel.params, b"\0")
         emulator.launch(launch.name, kernel.address, packed, launch.blocks(), (kernel.threads, 1, 1), kernel.shared)
+        for (begin, end, at), (*_, writable) in zip(moved, spans, strict=True):
+            if writable:
+                ctypes.memmove(begin, at, end - begin)
 
 
-def _pack(kernel: str, name: str, type_: str, value: Any) -> bytes:
-    """A parameter's 8 bytes."""
+def _pack(kernel: str, name: str, type_: str, value: Any, moved: list[tuple[int, int, int]]) -> bytes:
+    """A parameter's 8 bytes. moved: begin, end and copy's address of each span."""
     if type_.startswith("*"):
         if value.device.type != "cpu":
             raise ValueError(f"{kernel}: {name} is on {value.device}; the emulator runs on CPU tensors")
-        return struct.pack("<Q", value.data_ptr())
+        p = value.data_ptr()
+        return struct.pack("<Q", next((p - begin + at for begin, end, at in moved if begin <= p < end), p))
     if type_ not in _FORMATS:
         raise ValueError(f"{kernel}: {name} is of Triton's type {type_}; the emulator passes {', '.join(_FORMATS)}")
     return struct.pack(_FORMATS[type_], value).ljust(8, b"\0")
