@@ -106,7 +106,7 @@ FAULTS = [
     Fault("rows of a matrix fragment swapped", "sparse", NUMBERS, "",
           r"(mma\.sync\S+ \{[^}]*\}, \{ %r\d+,)( %r\d+,)( %r\d+,)", r"\1\3\2", -1),
     Fault("shared memory written for wgmma without a fence", "sparse-sm90", "no-proxy-fence", "",
-          r"^\s*fence\.proxy\.async\S*;$", ""),
+          r"^\s*fence\.proxy\.async\S*;$", "", nth=-1),  # each of them covers all writes before it
     Fault("accumulators read before the wait", "sparse-sm90", "wgmma-pending", "",
           r"^\s*wgmma\.wait_group\.sync\.aligned 0;$", ""),
     Fault("registers handed to wgmma without a fence", "sparse-sm90", "wgmma-no-fence", "",
