@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hhattn.ops.norm_modulate import norm_modulate
     from hhattn.ops.qk_norm_rope import qk_norm_rope
     from hhattn.ops.rope_3d import rope_3d
+    from hhattn.ops.sparse_linear_attention import sparse_linear_attention
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOME = {
     "norm_modulate": "hhattn.ops.norm_modulate",
     "qk_norm_rope": "hhattn.ops.qk_norm_rope",
     "rope_3d": "hhattn.ops.rope_3d",
+    "sparse_linear_attention": "hhattn.ops.sparse_linear_attention",
     "swap": "hhattn.integrations",
     "use_impl": "hhattn._dispatch",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "norm_modulate",
     "qk_norm_rope",
     "rope_3d",
+    "sparse_linear_attention",
     "swap",
     "use_impl",
 ]

@@ -216,6 +216,64 @@ struct LinearOutputsBackward {
   Out dq;
 };
 
+// A matrix of zeros and ones [rows, n] that vectors are multiplied by. Its columns are taken in fours, whose 15 sums are made once
+// for all rows, 16 fours at a time. For each 16 fours, row by row: counts has the number of fours that aren't all zeros, entries
+// each one's number times 16 plus its bits.
+struct Subsets {
+  const uint8_t *counts = nullptr, *entries = nullptr;
+  int64_t rows = 0, n = 0;
+};
+
+// Blocks that aren't attended whole: `tile` of the mask's bits says which pairs are.
+struct PartEntry {
+  int32_t row, column, tile;
+};
+
+// The pairs of one entry of a mask: whole blocks [nq, nk], those [nk, nq] for the backward, and the others by row and by column,
+// whose first entries are at `rows` [nq + 1] and `columns` [nk + 1].
+struct MarginalPairs {
+  Subsets whole, whole_turned;
+  const PartEntry *by_row = nullptr, *by_column = nullptr;
+  const int64_t *rows = nullptr, *columns = nullptr;
+};
+
+// out_i = Σ_j φ(q_i)·φ(k_j) v_j / (Σ_j φ(q_i)·φ(k_j) + eps) over a mask's pairs; out is contiguous [B, Sq, H, Dv], den [B, H, Sq] the
+// divisors, infinite where there are no weights.
+struct Marginal {
+  Heads q, k, v;
+  FeatureMap phi = FeatureMap::softmax;
+  Out out;
+  float* den = nullptr;
+  const uint8_t* bits = nullptr;  // [tiles, bq, ceil(bk / 8)]
+  int64_t q_len = 0, k_len = 0, heads = 0, kv_heads = 0, dim = 0, v_dim = 0, bq = 0, bk = 0, nq = 0, nk = 0;
+  float eps = 0;
+  int64_t rep() const { return heads / kv_heads; }
+};
+
+// The kernels of linear attention over a mask, by what scratch they need.
+enum class MarginalWork : int { parts, weights, outputs, gradients };
+
+// One key head of a batch entry and the `rep` query heads that share it. Rows are padded to whole vectors: keys φ(k) [Sk, D], values
+// [Sk, Dv], queries φ(q) [rep, Sq, D], sums [rep, Sq, Dv] over pairs that aren't in whole blocks, or null.
+struct MarginalHeads {
+  int64_t b = 0, kv_head = 0;
+  float *keys = nullptr, *values = nullptr, *queries = nullptr, *sums = nullptr;
+  const MarginalPairs* const* pairs = nullptr;  // [rep]
+};
+
+// Gradients of Marginal, whose out and den are read. With u = dout / den and e = −(dout·out) / den, padded like the rows above:
+// u [rep, Sq, Dv], e [rep, Sq]; gradients of the features dphi_q [rep, Sq, D] and dphi_k [Sk, D]; dv_sums [Sk, Dv] like `sums`.
+// Columns of v are worked on in slices, which take turns at a block of dphi_q [rep, nq] and of dphi_k [nk].
+struct MarginalBackward {
+  Marginal forward;
+  Heads dout;
+  Out dv;
+};
+struct MarginalGradients {
+  float *u = nullptr, *e = nullptr, *dphi_q = nullptr, *dphi_k = nullptr, *dv_sums = nullptr;
+  int32_t *q_turns = nullptr, *k_turns = nullptr;
+};
+
 // The kernels as compiled for one instruction set. The norms work on the rows [begin, end) of B·S.
 struct Kernels {
   const char* isa;
@@ -239,6 +297,21 @@ struct Kernels {
   void (*block_linear_outputs)(const LinearOutputs&, const LinearPiece&, const float* kv, const float* k_sum, float* scratch);
   void (*block_linear_outputs_backward)(const LinearOutputsBackward&, const LinearPiece&, const float* kv, const float* k_sum,
                                         float* dkv, float* dk_sum, float* scratch);
+  // rows [begin, end) of a head, mapped, as floats in whole vectors; and back, the gradient for that of mapped rows
+  void (*map_rows)(const Heads&, FeatureMap, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim, float* to);
+  void (*map_rows_backward)(const Heads&, FeatureMap, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim, const float* g,
+                            const Out&, int64_t tokens, int64_t heads);
+  int64_t (*marginal_scratch)(const Marginal&, MarginalWork);
+  void (*marginal_part_sums)(const Marginal&, const MarginalHeads&, int64_t r, int64_t i, float* scratch);
+  void (*marginal_weights)(const Marginal&, const MarginalHeads&, int64_t r, float* scratch);
+  void (*marginal_outputs)(const Marginal&, const MarginalHeads&, int64_t slice, float* scratch);
+  void (*marginal_upstream)(const MarginalBackward&, int64_t b, int64_t h, int64_t begin, int64_t end, float* u, float* e);
+  void (*marginal_weights_backward)(const MarginalBackward&, const MarginalHeads&, const MarginalGradients&, float* scratch);
+  void (*marginal_part_queries)(const MarginalBackward&, const MarginalHeads&, const MarginalGradients&, int64_t r, int64_t i,
+                                float* scratch);
+  void (*marginal_part_keys)(const MarginalBackward&, const MarginalHeads&, const MarginalGradients&, int64_t j, float* scratch);
+  void (*marginal_gradients)(const MarginalBackward&, const MarginalHeads&, const MarginalGradients&, int64_t slice,
+                             float* scratch);
 };
 
 }  // namespace hhattn

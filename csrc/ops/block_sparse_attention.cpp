@@ -1,46 +1,10 @@
 // Schemas and bindings of block_sparse_attention.
 #include <vector>
 
-#include "tensor.h"
+#include "mask.h"
 
 namespace hhattn {
 namespace {
-
-template <class T>
-const T* list(const Tensor& t, torch::headeronly::ScalarType type, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), name, " has the wrong dtype or isn't contiguous");
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-struct MaskTensors {
-  const Tensor &counts, &columns, &tiles, &full_counts, &full_columns, &bits;
-};
-
-BlockMask block_mask(const MaskTensors& t, int64_t bk, int64_t k_len) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(t.columns.dim() == 4 && t.full_columns.dim() == 4 && t.bits.dim() == 3, "the mask has the wrong shape");
-  const int64_t batches = t.columns.size(0), heads = t.columns.size(1), nq = t.columns.size(2);
-  check_sizes(t.counts, {batches, heads, nq}, "kv_num_blocks");
-  check_sizes(t.tiles, {batches, heads, nq, t.columns.size(3)}, "kv_tiles");
-  check_sizes(t.full_counts, {batches, heads, nq}, "full_kv_num_blocks");
-  check_sizes(t.full_columns, {batches, heads, nq, t.full_columns.size(3)}, "full_kv_indices");
-  BlockMask m;
-  m.counts = list<int32_t>(t.counts, ScalarType::Int, "kv_num_blocks");
-  m.columns = list<int32_t>(t.columns, ScalarType::Int, "kv_indices");
-  m.tiles = list<int32_t>(t.tiles, ScalarType::Int, "kv_tiles");
-  m.full_counts = list<int32_t>(t.full_counts, ScalarType::Int, "full_kv_num_blocks");
-  m.full_columns = list<int32_t>(t.full_columns, ScalarType::Int, "full_kv_indices");
-  m.bits = list<uint8_t>(t.bits, ScalarType::Byte, "tiles");
-  m.batches = batches;
-  m.heads = heads;
-  m.width = t.columns.size(3);
-  m.full_width = t.full_columns.size(3);
-  m.bq = t.bits.size(1);
-  m.bk = bk;
-  m.nq = nq;
-  m.nk = (k_len + bk - 1) / bk;
-  return m;
-}
 
 BlockSparse arguments(const Tensor& q, const Tensor& k, const Tensor& v, const BlockMask& mask, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, S, H, D]");
@@ -62,16 +26,6 @@ BlockSparse arguments(const Tensor& q, const Tensor& k, const Tensor& v, const B
   a.v_dim = v.size(3);
   a.scale = static_cast<float>(scale);
   return a;
-}
-
-int64_t padded(int64_t n) { return (n + kernels().lanes - 1) / kernels().lanes * kernels().lanes; }
-
-// f(first, count) over pairs of batch entry and key head, as many together as keep every thread busy.
-template <class F>
-void for_groups(int64_t pairs, int64_t blocks_of_a_pair, const F& f) {
-  const int64_t enough = 8 * torch::stable::get_num_threads();
-  const int64_t together = std::clamp<int64_t>(enough / std::max<int64_t>(blocks_of_a_pair, 1), 1, std::max<int64_t>(pairs, 1));
-  for (int64_t first = 0; first < pairs; first += together) f(first, std::min(together, pairs - first), together);
 }
 
 // Keys are packed head by head, each for all its query blocks: rows of one head lie far apart in [B, S, H, D], on a few sets of

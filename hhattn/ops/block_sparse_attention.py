@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,29 +62,37 @@ def block_sparse_attention(
             convert.
         RuntimeError: ``impl`` can't run this call.
     """
-    if not isinstance(mask, BlockMask):
-        raise TypeError(
-            f"mask must be a hhattn.BlockMask, got {type(mask).__name__}; BlockMask.from_dense and from_flex make one"
-        )
-    q, k, v = _checked(q, k, v)
-    _check_mask(mask, q, k)
-    convert = order is not None and check_order("order", order) != mask.order
+    _check_type("mask", mask)
+    q, k, v = checked(q, k, v)
+    check_mask("mask", mask, q, k)
+    convert = conversions(mask, order)
     if convert:
-        q_layout, k_layout = mask.layouts()
-        q_in, k_in, q_out = (
-            (q_layout.to_tiles, k_layout.to_tiles, q_layout.from_tiles)
-            if mask.order == "tile"
-            else (q_layout.from_tiles, k_layout.from_tiles, q_layout.to_tiles)
-        )
-        q, k, v = q_in(q), k_in(k), k_in(v)
-    scale = q.shape[-1] ** -0.5 if scale is None else _finite(scale)
-    out, lse = _dispatch.call(OP, impl, q, k, v, mask, scale)
+        q, k, v = convert.q_in(q), convert.k_in(k), convert.k_in(v)
+    out, lse = _dispatch.call(OP, impl, q, k, v, mask, checked_scale(scale, q))
     if convert:
-        out, lse = q_out(out), q_out(lse, 2) if return_lse else lse
+        out, lse = convert.q_out(out), convert.q_out(lse, 2) if return_lse else lse
     return (out, lse) if return_lse else out
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Conversions(NamedTuple):
+    """What brings q and k into a mask's order, and what has q's tokens back out of it; each takes (tensor, dim=1)."""
+
+    q_in: Callable[..., Tensor]
+    k_in: Callable[..., Tensor]
+    q_out: Callable[..., Tensor]
+
+
+def conversions(mask: BlockMask, order: Order | None) -> Conversions | None:
+    """Those between ``order`` and the mask's, or None where they are the same."""
+    if order is None or check_order("order", order) == mask.order:
+        return None
+    q, k = mask.layouts()
+    if mask.order == "tile":
+        return Conversions(q.to_tiles, k.to_tiles, q.from_tiles)
+    return Conversions(q.from_tiles, k.from_tiles, q.to_tiles)
+
+
+def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v that fit one another, in autocast's dtype where it is on."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
@@ -106,24 +115,38 @@ def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _finite(scale: object) -> float:
+def checked_scale(scale: object, q: Tensor) -> float:
+    """``scale``, or its default for q's head dim."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number or None, got {scale!r}")
     return float(scale)
 
 
-def _check_mask(mask: BlockMask, q: Tensor, k: Tensor) -> None:
+def _check_type(name: str, mask: object) -> None:
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"{name} must be a hhattn.BlockMask, got {type(mask).__name__}; BlockMask.from_dense and from_flex make one"
+        )
+
+
+def check_mask(name: str, mask: BlockMask, q: Tensor, k: Tensor) -> None:
+    """``mask`` is one for q and k."""
+    _check_type(name, mask)
     if mask.device != q.device:
-        raise ValueError(f"mask must be on the device of q, {q.device}, got {mask.device}; mask.to(q.device) moves it")
+        raise ValueError(
+            f"{name} must be on the device of q, {q.device}, got {mask.device}; {name}.to(q.device) moves it"
+        )
     if (mask.q_len, mask.k_len) != (q.shape[1], k.shape[1]):
         raise ValueError(
-            f"mask must be for Sq={q.shape[1]} queries and Sk={k.shape[1]} keys, got {mask.q_len} and {mask.k_len} "
+            f"{name} must be for Sq={q.shape[1]} queries and Sk={k.shape[1]} keys, got {mask.q_len} and {mask.k_len} "
             "(q, k and v are [B, S, H, D])"
         )
     batch, heads = mask.kv_num_blocks.shape[:2]
     if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):
         raise ValueError(
-            f"mask must have batch 1 or {q.shape[0]} and heads 1 or {q.shape[2]}, got batch {batch} and heads {heads}"
+            f"{name} must have batch 1 or {q.shape[0]} and heads 1 or {q.shape[2]}, got batch {batch} and heads {heads}"
         )
 
 
@@ -222,14 +245,16 @@ if _ext.why_missing() is None:
     _complete(OP)
 
 
-def _lists(mask: BlockMask) -> tuple[Tensor, ...]:
+def lists_of(mask: BlockMask) -> tuple[Tensor, ...]:
+    """The mask's tensors as the operators take them."""
     lists = (mask.kv_num_blocks, mask.kv_indices, mask.kv_tiles, mask.full_kv_num_blocks, mask.full_kv_indices)
     return tuple(x.contiguous() for x in (*lists, mask.tiles))
 
 
 @_dispatch.register(OP, "reference")
-def _run_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, *_lists(mask), mask.block_size[1], scale)
+def run_reference(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    """The reference's operator."""
+    return _forward(q, k, v, *lists_of(mask), mask.block_size[1], scale)
 
 
 def _not_taken(name: str, q: Tensor, *rest: Any) -> str | None:
@@ -242,7 +267,8 @@ def _not_taken(name: str, q: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+def cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    """Why the native kernels can't run on q, k, v; None if they can."""
     if (reason := _ext.why_missing()) or q is None:
         return reason
     if q.device.type != "cpu":
@@ -250,16 +276,18 @@ def _cpp_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
     return _not_taken("cpp", q, *rest)
 
 
-def _triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+def triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    """Why Triton's kernels can't run on q, k, v; None if they can."""
     if (reason := _triton.why_not(q)) or q is None:
         return reason
     return _not_taken("triton", q, *rest)
 
 
-def _call(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
+    """``namespace``'s operator."""
     operator = getattr(torch.ops, namespace).block_sparse_attention
-    return operator(q, k, v, *_lists(mask), mask.block_size[1], scale)
+    return operator(q, k, v, *lists_of(mask), mask.block_size[1], scale)
 
 
-_dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
-_dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
+_dispatch.register(OP, "cpp", cpp_can_run)(partial(run, "hhattn"))
+_dispatch.register(OP, "triton", triton_can_run)(partial(run, _triton.NAMESPACE))
