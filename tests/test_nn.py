@@ -8,7 +8,14 @@ from helpers import randn
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.nn import BlockLinearAttention, BlockSparseAttention, NormModulate, QKNormRoPE, Rope3D
+from hhattn.nn import (
+    BlockLinearAttention,
+    BlockSparseAttention,
+    NormModulate,
+    QKNormRoPE,
+    Rope3D,
+    SparseLinearAttention,
+)
 
 GRID = (4, 3, 2)
 FRAME = GRID[1] * GRID[2]
@@ -139,6 +146,36 @@ def test_sparse_ring_equals_the_whole() -> None:
         )  # fmt: skip
         torch.testing.assert_close(out, whole[:, part], rtol=1e-4, atol=1e-5)
         ring = [*ring, kv][-window:]
+
+
+@pytest.mark.parametrize("all_others", [False, True])
+def test_sparse_linear_learns_from_its_softmax_branch_on(all_others: bool) -> None:
+    """Fresh, the layer is block-sparse attention with the same projections; its own then adds the linear branch."""
+    x, rope = randn(2, TOKENS, DIM, seed=40), hhattn.rope_3d(GRID, DIM // HEADS)
+    frame = torch.arange(TOKENS) // FRAME
+    distance = (frame[:, None] - frame).abs()
+    critical, marginal = (
+        hhattn.BlockMask.from_dense(near[None, None], block_size=(4, 4)) for near in (distance == 0, distance == 1)
+    )
+    others = None if all_others else marginal
+    layer, sparse = SparseLinearAttention(DIM, HEADS, feature_map="elu1", eps=1e-5), BlockSparseAttention(DIM, HEADS)
+    missing = layer.load_state_dict(sparse.state_dict(), strict=False).missing_keys
+    assert missing == ["proj_l.weight", "proj_l.bias"]
+    fresh = layer(x, critical, others, rope=rope)
+    torch.testing.assert_close(fresh, sparse(x, critical, rope=rope))
+    fresh.sum().backward()
+    assert (layer.proj_l.weight.grad != 0).any()
+
+    randomize(layer)
+    q, k, v = projected(layer, x)
+    q, k = turn(q, rope), turn(k, rope)
+    w = torch.einsum("bihd,bjhd->bhij", *(torch.nn.functional.elu(t) + 1 for t in (q, k)))
+    w = w * (distance > 0 if all_others else distance == 1)
+    linear = torch.einsum("bhij,bjhd->bihd", w / (w.sum(-1, keepdim=True) + 1e-5), v)
+    expected = layer.to_out((softmax_attention(q, k, v, distance == 0) + layer.proj_l(linear)).flatten(2))
+    torch.testing.assert_close(layer(x, critical, others, rope=rope), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="feature_map='identity'"):
+        SparseLinearAttention(DIM, HEADS, feature_map="identity")
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])

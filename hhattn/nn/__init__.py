@@ -5,5 +5,13 @@ from hhattn.nn.block_sparse_attention import BlockSparseAttention
 from hhattn.nn.norm_modulate import NormModulate
 from hhattn.nn.qk_norm_rope import QKNormRoPE
 from hhattn.nn.rope_3d import Rope3D
+from hhattn.nn.sparse_linear_attention import SparseLinearAttention
 
-__all__ = ["BlockLinearAttention", "BlockSparseAttention", "NormModulate", "QKNormRoPE", "Rope3D"]
+__all__ = [
+    "BlockLinearAttention",
+    "BlockSparseAttention",
+    "NormModulate",
+    "QKNormRoPE",
+    "Rope3D",
+    "SparseLinearAttention",
+]
