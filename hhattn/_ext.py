@@ -9,12 +9,22 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  the native library finds libtorch's symbols in the process, so torch comes first
+import torch  # the native library finds libtorch's symbols in the process, so torch comes first
+
+# What the library has to define; each has a backward beside it.
+OPERATORS = (
+    "block_linear_outputs",
+    "block_linear_sums",
+    "block_sparse_attention",
+    "norm_modulate",
+    "qk_norm_rope",
+    "sparse_linear_marginal",
+)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("hhattn._C"), None
+        module = importlib.import_module("hhattn._C")
     except ModuleNotFoundError as error:
         if error.name != "hhattn._C":
             return None, f"the native library is broken: {error}"
@@ -24,6 +34,13 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         return None, f"the native library could not be loaded: {error}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.hhattn, f"{name}_backward")]
+    if missing:
+        return None, (
+            f"the native library was built from older sources, without {', '.join(missing)}: install hhattn anew "
+            "(`make setup` in a checkout)"
+        )
+    return module, None
 
 
 _module, _reason = _load()

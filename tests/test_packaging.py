@@ -13,6 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NATIVE_ISAS
 
 import hhattn
@@ -142,6 +143,19 @@ def test_another_torch_is_installed_where_it_is_asked_for(tmp_path: Path) -> Non
 def test_the_native_library_is_there_where_it_is_demanded() -> None:
     if os.environ.get("HHATTN_NATIVE") == "1":
         assert _ext.why_missing() is None
+
+
+@pytest.mark.skipif(not NATIVE_ISAS, reason="needs the native library")
+def test_a_library_that_lacks_an_operator_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update of the sources without a build: the rest of the package works, and says what to do."""
+    defined = [n.removeprefix("hhattn::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("hhattn::")]
+    assert {name.removesuffix("_backward") for name in defined} == set(_ext.OPERATORS)
+    monkeypatch.setattr(_ext, "OPERATORS", (*_ext.OPERATORS, "one_more"))
+    module, reason = _ext._load()
+    assert module is None
+    assert reason
+    assert "without one_more" in reason
+    assert "make setup" in reason
 
 
 @pytest.mark.skipif(not NATIVE_ISAS or not shutil.which("nm"), reason="needs the native library and nm")
