@@ -14,7 +14,7 @@ from hhattn.info import info
 if TYPE_CHECKING:
     from hhattn import masks, nn
     from hhattn._dispatch import use_impl
-    from hhattn.integrations import swap
+    from hhattn.integrations.swap import swap
     from hhattn.layout import VideoLayout
     from hhattn.masks import BlockMask
     from hhattn.ops.attention import attention

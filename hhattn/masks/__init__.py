@@ -14,14 +14,65 @@ on a :class:`hhattn.VideoLayout` and share these arguments:
 
 Patterns speak of video tokens; text tokens attend and are attended through :func:`text`, :func:`dense` or a ``|`` with
 them. Masks combine exactly: ``sliding_tile(...) & block_causal(...) | sink(...) | text(...)``.
+
+Masks that follow q and k are made by :func:`select`, a scorer (:class:`mean_pool`, :class:`self_similarity`,
+:class:`antidiagonal`, and :class:`centroid`, which sorts tokens too) times a policy (:class:`top_k`, :class:`top_p`,
+:class:`threshold`). A :class:`SparsityPlan` says when; :func:`recall` and :func:`quality` measure what a mask loses.
 """
 
 from hhattn.masks.block_causal import block_causal
 from hhattn.masks.block_mask import BlockMask, QLists
 from hhattn.masks.dense import dense
+from hhattn.masks.dynamic import (
+    Clusters,
+    LayerPlan,
+    Policy,
+    Quality,
+    Scorer,
+    Selector,
+    SparsityPlan,
+    antidiagonal,
+    centroid,
+    coarse_attention,
+    mean_pool,
+    quality,
+    recall,
+    select,
+    self_similarity,
+    threshold,
+    top_k,
+    top_p,
+)
 from hhattn.masks.frame_window import frame_window
 from hhattn.masks.sink import sink
 from hhattn.masks.sliding_tile import sliding_tile
 from hhattn.masks.text import text
 
-__all__ = ["BlockMask", "QLists", "block_causal", "dense", "frame_window", "sink", "sliding_tile", "text"]
+__all__ = [
+    "BlockMask",
+    "Clusters",
+    "LayerPlan",
+    "Policy",
+    "QLists",
+    "Quality",
+    "Scorer",
+    "Selector",
+    "SparsityPlan",
+    "antidiagonal",
+    "block_causal",
+    "centroid",
+    "coarse_attention",
+    "dense",
+    "frame_window",
+    "mean_pool",
+    "quality",
+    "recall",
+    "select",
+    "self_similarity",
+    "sink",
+    "sliding_tile",
+    "text",
+    "threshold",
+    "top_k",
+    "top_p",
+]

@@ -34,10 +34,14 @@ class Shape(NamedTuple):
         (i, j); kind 0 is a whole block."""
         q_ragged = (torch.arange(1, self.nq + 1, device=device) * self.bq > self.q_len).long()
         k_ragged = (torch.arange(1, self.nk + 1, device=device) * self.bk > self.k_len).long()
+        return 2 * q_ragged[:, None] + k_ragged, self.edge_tiles(device)
+
+    def edge_tiles(self, device: torch.device) -> Tensor:
+        """[4, bq, w]: the bits of a block that no end cuts, one cut by the keys' end, by the queries', and by both."""
         whole = torch.ones(4, self.bq, self.bk, dtype=torch.bool, device=device)
         whole[2:, self.q_len - (self.nq - 1) * self.bq :] = False
         whole[1::2, :, self.k_len - (self.nk - 1) * self.bk :] = False
-        return 2 * q_ragged[:, None] + k_ragged, _bits.pack(whole)
+        return _bits.pack(whole)
 
 
 class Blocks(NamedTuple):

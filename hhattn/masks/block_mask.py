@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout, check_order
-from hhattn.masks import _algebra, _bits, _blocks
+from hhattn.masks import _algebra, _bits, _blocks, _lists
 from hhattn.masks._blocks import Blocks, Pairs, Shape
 
 if TYPE_CHECKING:
@@ -127,13 +127,16 @@ class BlockMask:
         q_len: int | None = None,
         k_len: int | None = None,
         *,
+        max_blocks: int | None = None,
         order: Order = "raster",
         layout: VideoLayout | None = None,
         k_layout: VideoLayout | None = None,
     ) -> BlockMask:
         """Whole blocks: ``blocks`` bool [B|1, H|1, nq, nk], True where every query of a block attends every key.
 
-        ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block."""
+        ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block. With ``max_blocks``, a bound on the
+        blocks of a row, the lists are made that wide and nothing is read from the device: for masks computed as the
+        model runs. Of a row with more blocks the first ``max_blocks`` are taken."""
         _check_bool("blocks", blocks)
         nq, nk = blocks.shape[2:]
         q_len, k_len = nq * block_size[0] if q_len is None else q_len, nk * block_size[1] if k_len is None else k_len
@@ -143,6 +146,11 @@ class BlockMask:
                 f"blocks has {nq}x{nk} blocks; q_len={q_len} and k_len={k_len} in blocks of {block_size} "
                 f"make {shape.nq}x{shape.nk}"
             )
+        if max_blocks is not None:
+            if max_blocks < 1:
+                raise ValueError(f"max_blocks={max_blocks}: accepted is None, or 1 or more")
+            lists = _lists.whole_blocks(blocks, shape, min(max_blocks, nk))
+            return cls(*lists, (shape.bq, shape.bk), q_len, k_len, order, layout, k_layout)
         slices, table = _blocks.from_whole(blocks.flatten(0, 1), shape)
         return assemble(slices, table, blocks.shape[0], shape, order, layout, k_layout)
 

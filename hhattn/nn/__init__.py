@@ -6,6 +6,7 @@ from hhattn.nn.norm_modulate import NormModulate
 from hhattn.nn.qk_norm_rope import QKNormRoPE
 from hhattn.nn.rope_3d import Rope3D
 from hhattn.nn.sparse_linear_attention import SparseLinearAttention
+from hhattn.nn.video_sparse_attention import VideoSparseAttention
 
 __all__ = [
     "BlockLinearAttention",
@@ -14,4 +15,5 @@ __all__ = [
     "QKNormRoPE",
     "Rope3D",
     "SparseLinearAttention",
+    "VideoSparseAttention",
 ]

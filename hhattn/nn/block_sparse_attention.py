@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hhattn.masks import BlockMask
+from hhattn.masks import BlockMask, LayerPlan
 from hhattn.nn._projections import AttentionProjections
 from hhattn.ops.block_sparse_attention import block_sparse_attention
 
@@ -21,7 +21,7 @@ class BlockSparseAttention(AttentionProjections):
     def forward(
         self,
         x: Tensor,
-        mask: BlockMask,
+        mask: BlockMask | LayerPlan,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
         kv_cache: tuple[Tensor, Tensor] | None = None,
@@ -29,7 +29,8 @@ class BlockSparseAttention(AttentionProjections):
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """x [B, S, C] -> [B, S, C].
 
-        mask: queries are this call's S tokens, keys the Sc cached ones followed by this call's.
+        mask: queries are this call's S tokens, keys the Sc cached ones followed by this call's. A
+            ``hhattn.masks.SparsityPlan(...).at(layer)`` chooses a mask of its own for each call.
         rope: (cos, sin) [S, D] at this call's positions. Keys are rotated before they are cached, so a cached key keeps
             the position it was made at.
         kv_cache: (k, v), each [B, Sc, H_kv, D], of past tokens.
@@ -40,5 +41,9 @@ class BlockSparseAttention(AttentionProjections):
         keys, values = k, v
         if kv_cache is not None:
             keys, values = (torch.cat((past, new), 1) for past, new in zip(kv_cache, (k, v), strict=True))
-        out = self.to_out(cast(Tensor, block_sparse_attention(q, keys, values, mask)).flatten(2))
+        if isinstance(mask, LayerPlan):
+            out = mask.attend(q, keys, values)
+        else:
+            out = cast(Tensor, block_sparse_attention(q, keys, values, mask))
+        out = self.to_out(out.flatten(2))
         return (out, (k, v)) if return_kv else out
