@@ -152,6 +152,24 @@ def test_wan_sparse_mask_equals_sdpa_with_that_mask(wan: WanTransformer3DModel) 
 
 
 @torch.no_grad()
+def test_wan_runs_by_a_plan(wan: WanTransformer3DModel) -> None:
+    """Dense first step and first layer, then masks made from q and k, in blocks of tile order."""
+    layout, before = hhattn.VideoLayout(*GRID, tile=(1, 2, 2)), run(wan)
+    policy = hhattn.masks.top_k(ratio=0.4)
+    selector = hhattn.masks.Selector(hhattn.masks.mean_pool(), policy, (4, 4), order="tile", layout=layout)
+    plan = hhattn.masks.SparsityPlan(selector, dense_steps=1, dense_layers=1)
+    with hhattn.swap(wan, attention=plan) as handle:
+        assert "swapped    2 x self-attention: hhattn.block_sparse_attention, as the plan says" in handle.report()
+        assert relative(run(wan), before) < 2e-5
+        assert plan.nbytes == 0
+        assert relative(run(wan), before) > 1e-3
+        assert plan.nbytes > 0
+        plan.reset()
+        assert relative(run(wan), before) < 2e-5
+    assert torch.equal(run(wan), before)
+
+
+@torch.no_grad()
 def test_wan_takes_masks_of_either_order(wan: WanTransformer3DModel) -> None:
     """A mask built for tile order means the same pattern: the model's tokens are in raster order."""
     layout = hhattn.VideoLayout(*GRID, tile=(1, 2, 2))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from hhattn.masks import BlockMask
+    from hhattn.masks import BlockMask, SparsityPlan
 
 log = logging.getLogger("hhattn")
 
@@ -122,7 +122,7 @@ def _models(model_or_pipeline: object) -> dict[str, nn.Module]:
 
 def swap(
     model_or_pipeline: nn.Module | object,
-    attention: str | BlockMask = "exact",
+    attention: str | BlockMask | SparsityPlan = "exact",
     norms: bool = True,
     rope: bool = True,
 ) -> Swap:
@@ -135,7 +135,8 @@ def swap(
             pipeline with one or more of them.
         attention: "exact": :func:`hhattn.block_linear_attention` for SANA-Video, :func:`hhattn.attention` for Wan. For
             Wan also a :class:`hhattn.BlockMask` over the model's tokens, for :func:`hhattn.block_sparse_attention`: as
-            exact with a dense mask, an approximation with a sparser one.
+            exact with a dense mask, an approximation with a sparser one; or a :class:`hhattn.masks.SparsityPlan`, which
+            makes masks from q and k as the model runs.
         norms: norm q and k by :func:`hhattn.qk_norm_rope`, and norm, modulate and add up inside the blocks by
             :func:`hhattn.norm_modulate`.
         rope: rotate by :func:`hhattn.qk_norm_rope`. SANA-Video rotates inside its attention: there it can't be False.

@@ -1,4 +1,5 @@
-"""Wan: its softmax self-attention by :func:`hhattn.attention` or :func:`hhattn.block_sparse_attention`."""
+"""Wan: its softmax self-attention by :func:`hhattn.attention`, or by :func:`hhattn.block_sparse_attention` under a mask
+or a plan of masks."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms
 from hhattn.integrations.swap import Swap
 
 if TYPE_CHECKING:
-    from hhattn.masks import BlockMask
+    from hhattn.masks import BlockMask, LayerPlan, SparsityPlan
 
 
 class SelfAttentionProcessor:
     """Does what diffusers' ``WanAttnProcessor`` does for self-attention; with ``mask`` only where the mask says."""
 
-    def __init__(self, mask: BlockMask | None = None, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+    def __init__(
+        self, mask: BlockMask | LayerPlan | None = None, fuse_norms: bool = True, fuse_rope: bool = True
+    ) -> None:
         self.mask, self.fuse_norms, self.fuse_rope = mask, fuse_norms, fuse_rope
 
     def __call__(
@@ -46,12 +49,16 @@ class SelfAttentionProcessor:
             tables: Any = (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
             q, k = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (q, k))
         v = heads(attn, v)
-        mask = self.mask
-        out = (
-            hhattn.attention(q, k, v) if mask is None else hhattn.block_sparse_attention(q, k, v, mask, order="raster")
-        )
-        out = attn.to_out[0](cast(Tensor, out).flatten(2))
+        out = attn.to_out[0](self.attend(q, k, v).flatten(2))
         return attn.to_out[1](out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, S, H, D] each, in raster order -> [B, S, H, D]."""
+        if self.mask is None:
+            return hhattn.attention(q, k, v)
+        if isinstance(self.mask, hhattn.BlockMask):
+            return cast(Tensor, hhattn.block_sparse_attention(q, k, v, self.mask, order="raster"))
+        return self.mask.attend(q, k, v, order="raster")
 
 
 def block_forward(
@@ -81,21 +88,26 @@ def _why_not(processor: Any) -> str | None:
     return None
 
 
-def swap_layers(handle: Swap, prefix: str, model: Any, attention: str | BlockMask, norms: bool, rope: bool) -> None:
+def swap_layers(
+    handle: Swap, prefix: str, model: Any, attention: str | BlockMask | SparsityPlan, norms: bool, rope: bool
+) -> None:
     """Swap the self-attention of every block of a Wan transformer, as :func:`hhattn.swap` says."""
-    mask = None if isinstance(attention, str) else attention
-    if mask is None and attention != "exact":
-        raise ValueError(f"attention={attention!r}; accepted for Wan: 'exact' or a hhattn.BlockMask")
-    if mask is not None and not isinstance(mask, hhattn.BlockMask):
-        raise TypeError(f"attention is a {type(mask).__name__}; accepted for Wan: 'exact' or a hhattn.BlockMask")
-    by = "hhattn.attention" if mask is None else "hhattn.block_sparse_attention"
+    given = None if isinstance(attention, str) else attention
+    accepted = "accepted for Wan: 'exact', a hhattn.BlockMask or a hhattn.masks.SparsityPlan"
+    if given is None and attention != "exact":
+        raise ValueError(f"attention={attention!r}; {accepted}")
+    if given is not None and not isinstance(given, (hhattn.BlockMask, hhattn.masks.SparsityPlan)):
+        raise TypeError(f"attention is a {type(given).__name__}; {accepted}")
+    by = "hhattn.attention" if given is None else "hhattn.block_sparse_attention"
+    by += ", as the plan says" if isinstance(given, hhattn.masks.SparsityPlan) else ""
     blocks = [(f"{prefix}blocks.{i}", block) for i, block in enumerate(model.blocks)]
     blocks += [(f"{prefix}vace_blocks.{i}", block) for i, block in enumerate(getattr(model, "vace_blocks", ()))]
-    for path, block in blocks:
+    for layer, (path, block) in enumerate(blocks):
         if why := _why_not(block.attn1.processor):
             handle.left(f"{path}.attn1", "self-attention", why)
         else:
             fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
+            mask = given.at(layer, prefix) if isinstance(given, hhattn.masks.SparsityPlan) else given
             handle.set_processor(f"{path}.attn1", block.attn1, SelfAttentionProcessor(mask, fuse, rope))
             handle.swapped(f"{path}.attn1", "self-attention", by)
             if rope:
