@@ -26,10 +26,18 @@ inline void divide(float* x, float by, int64_t n) {
 }
 
 inline void softmax(const float* x, int64_t n, float* to) {
-  float top = -__builtin_inff(), total = 0;
-  for (int64_t d = 0; d < n; ++d) top = x[d] > top || x[d] != x[d] ? x[d] : top;
+  // a NaN isn't the largest, but becomes its own exponential and so the total
+  Vec<kLanes> tops = Vec<kLanes>{} - __builtin_inff();
+  int64_t whole = 0;
+  for (; whole + kLanes <= n; whole += kLanes) tops = larger(F32::load<kLanes>(x + whole), tops);
+  float top = -__builtin_inff();
+  for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] > top ? tops[lane] : top;
+  for (int64_t d = whole; d < n; ++d) top = x[d] > top ? x[d] : top;
   each_vector(round_up(n, kLanes), x, to, [&](Vec<kLanes> v) { return exp_of_negative(v - top); });
-  for (int64_t d = 0; d < n; ++d) total += to[d];
+  const float total = reduce(n, [&](int64_t d, auto w) {
+    constexpr int N = decltype(w)::value;
+    return F32::load<N>(to + d);
+  });
   each_vector(round_up(n, kLanes), to, to, [&](Vec<kLanes> v) { return v / total; });
 }
 

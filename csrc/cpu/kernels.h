@@ -217,8 +217,9 @@ struct LinearOutputsBackward {
 };
 
 // A matrix of zeros and ones [rows, n] that vectors are multiplied by. Its columns are taken in fours, whose 15 sums are made once
-// for all rows, 16 fours at a time. For each 16 fours, row by row: counts has the number of fours that aren't all zeros, entries
-// each one's number times 16 plus its bits.
+// for all rows, kFours of them at a time. For each kFours, row by row: counts has the number of fours that aren't all zeros,
+// entries each one's number times 16 plus its bits.
+inline constexpr int64_t kFours = 12;
 struct Subsets {
   const uint8_t *counts = nullptr, *entries = nullptr;
   int64_t rows = 0, n = 0;
@@ -251,6 +252,7 @@ struct Marginal {
 };
 
 // The kernels of linear attention over a mask, by what scratch they need.
+inline constexpr int64_t kSlice = 32;  // columns of v that are worked on at a time
 enum class MarginalWork : int { parts, weights, outputs, gradients };
 
 // One key head of a batch entry and the `rep` query heads that share it. Rows are padded to whole vectors: keys φ(k) [Sk, D], values

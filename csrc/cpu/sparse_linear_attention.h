@@ -4,9 +4,9 @@
 //   states of query blocks   KV_i = Σ_j KV_j      K_i = Σ_j K_j         sums of subsets, nothing else grows with the pairs
 //   outputs                  products of bq rows with their block's state
 //
-// States of all blocks at once would be larger than q, k and v by D / bk. So 16 columns of v are worked on at a time, for which a
-// thread holds D x 16 floats a block; the weights come first, since every slice is divided by them. Elements of a state lie apart,
-// [D, blocks, 16], so that the same element of all blocks is summed where it stands.
+// States of all blocks at once would be larger than q, k and v by D / bk. So kSlice columns of v are worked on at a time, for which a
+// thread holds D x kSlice floats a block; the weights come first, since every slice is divided by them. Elements of a state lie
+// apart, [D, blocks, kSlice], so that the same element of all blocks is summed where it stands.
 //
 // Blocks that aren't attended whole have no state: their weights are computed pair by pair, as in softmax attention.
 #pragma once
@@ -126,7 +126,7 @@ inline void marginal_part_sums(const Marginal& a, const MarginalHeads& p, int64_
 
 // ---- whole blocks: weights ----
 
-// Σ factor · x over each block's rows of whole vectors, as lines [width / 16, blocks, 16]; no factors are ones.
+// Σ factor · x over each block's rows of whole vectors, as lines [width / kLine, blocks, kLine]; no factors are ones.
 inline void block_sums(const float* x, const float* factors, int64_t tokens, int64_t size, int64_t width, float* to) {
   const int64_t blocks = (tokens + size - 1) / size, step = pitch(blocks) * kLine;
   memset(to, 0, round_up(width, kLine) / kLine * step * sizeof(float));
@@ -146,7 +146,7 @@ inline void add_lines(const Subsets& m, int64_t lines, const float* x, bool add,
   }
 }
 
-// f(d, vector) for a block's vectors of lines [width / 16, blocks, 16].
+// f(d, vector) for a block's vectors of lines [width / kLine, blocks, kLine].
 template <class F>
 inline void each_of_lines(const float* lines, int64_t blocks, int64_t i, int64_t width, const F& f) {
   for (int64_t d = 0; d < width; d += kLanes) f(d, F32::load<kLanes>(lines + (d / kLine * pitch(blocks) + i) * kLine + d % kLine));
@@ -171,17 +171,34 @@ inline void marginal_weights(const Marginal& a, const MarginalHeads& p, int64_t 
 
 // ---- whole blocks: values ----
 
-// The columns of a slice: so many, from 16 · slice on.
+// The columns of a slice: so many, from kLine · slice on.
 inline int64_t slice_columns(const Marginal& a, int64_t slice) { return std_min(kLine, round_up(a.v_dim, kLanes) - slice * kLine); }
 
-// States [width, blocks, 16] of each block: Σ x yᵀ over its rows, of y [tokens, y_width] the `columns` at y.
+// Asks for lines `step` floats apart, a few between the steps of a product: they lie on as many pages, too many for the hardware to
+// look ahead on.
+class AheadLines {
+ public:
+  AheadLines(const float* first, int64_t step, int64_t lines, int64_t times)
+      : line_(first), step_(step), lines_(lines), left_(lines), times_(times) {}
+  void operator()() {
+    for (due_ += lines_; due_ >= times_ && left_ > 0; due_ -= times_, --left_, line_ += step_) __builtin_prefetch(line_, 1, 2);
+  }
+
+ private:
+  const float* line_;
+  int64_t step_, lines_, left_, times_, due_ = 0;
+};
+
+// States [width, blocks, kLine] of each block: Σ x yᵀ over its rows, of y [tokens, y_width] the `columns` at y.
 inline void block_states(const float* x, int64_t tokens, int64_t size, int64_t width, const float* y, int64_t y_width,
                          int64_t columns, float* to) {
   const int64_t blocks = (tokens + size - 1) / size, step = pitch(blocks) * kLine;
   if (columns < kLine) memset(to, 0, width * step * sizeof(float));
   for (int64_t i = 0; i < blocks; ++i) {
     const auto [first, rows] = block_of(i, size, tokens);
-    multiply<A::by_columns, false>(width, columns, rows, x + first * width, width, y + first * y_width, y_width, to + i * kLine, step);
+    AheadLines ahead(to + std_min(i + 1, blocks - 1) * kLine, step, width, calls_of(width, columns, rows));
+    multiply<A::by_columns, false>(width, columns, rows, x + first * width, width, y + first * y_width, y_width, to + i * kLine, step,
+                                   ahead);
   }
 }
 
@@ -198,7 +215,8 @@ inline void marginal_outputs(const Marginal& a, const MarginalHeads& p, int64_t 
     for (int64_t i = 0; i < a.nq; ++i) {
       const auto [first, rows] = block_of(i, a.bq, a.q_len);
       const float *q = p.queries + (r * a.q_len + first) * width, *den = a.den + (p.b * a.heads + h) * a.q_len + first;
-      multiply<A::by_rows, false>(rows, columns, a.dim, q, width, t.q_states + i * kLine, step, t.tile, kLine);
+      AheadLines ahead(t.q_states + std_min(i + 1, a.nq - 1) * kLine, step, a.dim, calls_of(rows, columns, a.dim));
+      multiply<A::by_rows, false>(rows, columns, a.dim, q, width, t.q_states + i * kLine, step, t.tile, kLine, ahead);
       for (int64_t row = 0; row < rows; ++row) {
         if (p.sums) add_up(p.sums + (r * a.q_len + first + row) * v_width + at, columns, t.tile + row * kLine);
         each_vector(columns, t.tile + row * kLine, t.tile + row * kLine, [&](Vec<kLanes> x) { return x / den[row]; });

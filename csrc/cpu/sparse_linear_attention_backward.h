@@ -148,7 +148,7 @@ inline void marginal_part_keys(const MarginalBackward& g, const MarginalHeads& p
 
 // ---- whole blocks: values ----
 
-// State i of states [width, blocks, 16], turned: [columns, width].
+// State i of states [width, blocks, kLine], turned: [columns, width].
 inline void turn_state(const float* states, int64_t blocks, int64_t i, int64_t width, int64_t columns, float* to) {
   const float* from = states + i * kLine;
   for (int64_t d = 0; d < width; d += kLanes) {

@@ -1,4 +1,4 @@
-// Sums of subsets: y = M x for a matrix M of zeros and ones and vectors x_i of 16 floats, a line of the cache each.
+// Sums of subsets: y = M x for a matrix M of zeros and ones and vectors x_i of kSlice floats.
 //
 // A product with M would multiply by ones. Instead columns are taken in fours and each four's 15 sums are made once (11 additions,
 // the others are there); then a row needs one addition a four, where a product needs four multiplications: many rows share the
@@ -9,24 +9,23 @@
 
 namespace hhattn::HHATTN_ISA {
 
-inline constexpr int64_t kLine = 16;              // floats of a vector
-inline constexpr int64_t kFours = 16;             // taken at once: their sums stay in the nearest cache
-inline constexpr int64_t kSums = 16 * kFours * kLine;  // floats of their sums
+inline constexpr int64_t kLine = kSlice;  // floats of a vector: lines of the cache that are next to one another
+inline constexpr int64_t kSums = 16 * kFours * kLine;  // floats of the sums that stay in the nearest cache
 
 struct Line {
   Vec<kLanes> parts[kLine / kLanes];
   static Line load(const float* p) {
     Line x;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kLine / kLanes; ++i) x.parts[i] = read<Vec<kLanes>>(p + i * kLanes);
     return x;
   }
   void store(float* p) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kLine / kLanes; ++i) F32::store<kLanes>(p + i * kLanes, parts[i]);
   }
   void add(const float* p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kLine / kLanes; ++i) parts[i] += read<Vec<kLanes>>(p + i * kLanes);
   }
 };
@@ -47,7 +46,7 @@ inline void sums_of_fours(const float* x, int64_t n, float* sums) {
   }
 }
 
-// y [rows, 16] (+)= M x, x [n, 16]; `sums` has room for kSums floats.
+// y [rows, kLine] (+)= M x, x [n, kLine]; `sums` has room for kSums floats.
 inline void subset_sums(const Subsets& m, const float* x, bool add, float* y, float* sums) {
   const uint8_t *counts = m.counts, *entries = m.entries;
   for (int64_t first = 0; first < m.n; first += 4 * kFours, add = true) {
@@ -63,7 +62,7 @@ inline void subset_sums(const Subsets& m, const float* x, bool add, float* y, fl
         odd.add(sums + entries[e + 1] * kLine);
       }
       if (e < count) even.add(sums + entries[e] * kLine);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kLine / kLanes; ++i) even.parts[i] += odd.parts[i];
       even.store(to);
       entries += count;

@@ -61,10 +61,10 @@ class Parts {
 class SubsetLists {
  public:
   void make(const std::vector<uint8_t>& ones, int64_t rows, int64_t n, int64_t row, int64_t column) {
-    for (int64_t first = 0; first < n; first += 64) {
+    for (int64_t first = 0; first < n; first += 4 * kFours) {
       for (int64_t r = 0; r < rows; ++r) {
         const size_t before = entries_.size();
-        for (int64_t at = first; at < std::min(first + 64, n); at += 4) {
+        for (int64_t at = first; at < std::min(first + 4 * kFours, n); at += 4) {
           int code = 0;
           for (int64_t i = at; i < std::min(at + 4, n); ++i) code |= ones[r * row + i * column] << (i - at);
           if (code) entries_.push_back(static_cast<uint8_t>((at - first) / 4 * 16 + code));

@@ -4,8 +4,6 @@
 namespace hhattn {
 namespace {
 
-constexpr int64_t kSlice = 16;  // columns of v that are worked on at a time
-
 Marginal arguments(const Tensor& q, const Tensor& k, const Tensor& v, const BlockMask& mask, int64_t phi, double eps) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [B, S, H, D]");
   check_sizes(k, {q.size(0), k.size(1), k.size(2), q.size(3)}, "k");
