@@ -1,4 +1,4 @@
-"""Masks: every builder equals its token-by-token definition on any grid, and masks combine and convert exactly."""
+"""Masks combine and convert exactly, and a minute of video builds in a second."""
 
 from __future__ import annotations
 
@@ -11,84 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from mask_patterns import blocks, examples
 
 from hhattn import BlockMask, VideoLayout, masks
-
-Rule = Callable[[tuple[int, int, int], tuple[int, int, int]], bool]
-
-
-def brute_force(layout: VideoLayout, rule: Rule) -> Tensor:
-    """[S, S] over video tokens in raster order; text tokens attend nothing."""
-    keep = torch.zeros(layout.seq_len, layout.seq_len, dtype=torch.bool)
-    t, h, w = layout.grid
-    where = [(a, b, c) for a in range(t) for b in range(h) for c in range(w)]
-    start = layout.video_slice.start
-    for i, p in enumerate(where):
-        for j, q in enumerate(where):
-            keep[start + i, start + j] = rule(p, q)
-    return keep
-
-
-def clamped(p: int, q: int, size: int, tile: int, window: int) -> bool:
-    """Sliding tile attention along one axis, as its paper draws it."""
-    count = -(-size // tile)
-    if window >= count:
-        return True
-    first = min(max(p // tile - (window - 1) // 2, 0), count - window)
-    return first <= q // tile < first + window
-
-
-layouts = st.builds(
-    VideoLayout,
-    frames=st.integers(1, 4),
-    height=st.integers(1, 5),
-    width=st.integers(1, 6),
-    tile=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),
-    text_len=st.integers(0, 5),
-    text_first=st.booleans(),
-)
-orders = st.sampled_from(["raster", "tile"])
-blocks = st.sampled_from([(8, 8), (16, 4), (5, 7)])
-
-
-@settings(max_examples=60, deadline=None)
-@given(layout=layouts, order=orders, block=blocks, window=st.tuples(*[st.integers(1, 3)] * 3))
-def test_sliding_tile(layout: VideoLayout, order: str, block: tuple[int, int], window: tuple[int, int, int]) -> None:
-    def rule(p: tuple[int, int, int], q: tuple[int, int, int]) -> bool:
-        axes = zip(p, q, layout.grid, layout.tile, window, strict=True)
-        return all(clamped(*axis) for axis in axes)
-
-    mask = masks.sliding_tile(layout, window, block_size=block, order=order)
-    assert torch.equal(mask.to_dense(order="raster")[0, 0], brute_force(layout, rule))
-
-
-@settings(max_examples=60, deadline=None)
-@given(layout=layouts, order=orders, block=blocks, n=st.integers(0, 3))
-def test_frame_patterns(layout: VideoLayout, order: str, block: tuple[int, int], n: int) -> None:
-    rules: dict[str, tuple[BlockMask, Rule]] = {
-        "window": (
-            masks.frame_window(layout, n, block_size=block, order=order),
-            lambda p, q: abs(p[0] - q[0]) <= n,
-        ),
-        "sink": (masks.sink(layout, n, block_size=block, order=order), lambda p, q: q[0] < n),
-        "causal": (
-            masks.block_causal(layout, n + 1, block_size=block, order=order),
-            lambda p, q: q[0] // (n + 1) <= p[0] // (n + 1),
-        ),
-    }
-    for name, (mask, rule) in rules.items():
-        assert torch.equal(mask.to_dense(order="raster")[0, 0], brute_force(layout, rule)), name
-
-
-@settings(max_examples=40, deadline=None)
-@given(layout=layouts, order=orders, block=blocks)
-def test_dense_and_text(layout: VideoLayout, order: str, block: tuple[int, int]) -> None:
-    assert masks.dense(layout, block_size=block, order=order).to_dense().all()
-    text = torch.zeros(layout.seq_len, dtype=torch.bool)
-    text[layout.text_slice] = True
-    got = masks.text(layout, block_size=block, order=order).to_dense(order="raster")[0, 0]
-    assert torch.equal(got, text[:, None] | text[None, :])
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,29 +47,6 @@ def test_equals_flex_attentions_own_dense_form() -> None:
     assert torch.equal(BlockMask.from_flex(flex).to_dense(), mask.to_dense())
 
 
-def test_queries_of_a_chunk_and_keys_that_a_cache_holds() -> None:
-    layout = VideoLayout(6, 4, 5, tile=(1, 2, 2))
-    whole = masks.frame_window(layout, 2).to_dense()[0, 0].view(6, 20, 6, 20)
-    part = masks.frame_window(layout, 2, q_frames=[4, 5], k_frames=[0, 3, 4, 5])
-    expected = whole[[4, 5]][:, :, [0, 3, 4, 5]].reshape(40, 80)
-    assert torch.equal(part.to_dense()[0, 0], expected)
-
-
-def test_each_head_has_its_window() -> None:
-    layout = VideoLayout(4, 5, 6, tile=(2, 2, 2), text_len=3)
-    windows = [(1, 1, 1), (2, 1, 3), (1, 3, 2)]
-    mask = masks.sliding_tile(layout, windows, block_size=(16, 8), order="tile")
-    alone = [masks.sliding_tile(layout, w, block_size=(16, 8), order="tile").to_dense() for w in windows]
-    assert torch.equal(mask.to_dense(), torch.cat(alone, 1))
-    joint = mask | masks.text(layout, block_size=(16, 8), order="tile")
-    assert torch.equal(joint.to_dense(), mask.to_dense() | ~mask.to_dense().any(-1, keepdim=True) | text_keys(layout))
-
-
-def text_keys(layout: VideoLayout) -> Tensor:
-    """[S] bool in either order."""
-    return torch.arange(layout.seq_len) >= layout.video_len
-
-
 @settings(max_examples=30, deadline=None)
 @given(sq=st.integers(1, 40), sk=st.integers(1, 40), block=blocks, seed=st.integers(0, 99))
 def test_other_forms_list_the_same_blocks(sq: int, sk: int, block: tuple[int, int], seed: int) -> None:
@@ -175,6 +77,68 @@ def test_other_forms_list_the_same_blocks(sq: int, sk: int, block: tuple[int, in
     assert bsr.indices.tolist() == column.tolist()
     assert bsr.indptr.diff().tolist() == touched[1, 2].sum(-1).tolist()
     assert torch.equal(bsr.mask, tiles[1, 2, row, column])
+
+
+@pytest.mark.parametrize("order", ["raster", "tile"])
+def test_heads_and_batch_entries_side_by_side(order: str) -> None:
+    layout = VideoLayout(3, 4, 5, tile=(2, 2, 2), text_len=3)
+    made = {name: mask for name, mask in examples(layout, block_size=(16, 8), order=order).items() if "by" not in name}
+    by_head = BlockMask.cat(list(made.values()))
+    assert torch.equal(by_head.to_dense(), torch.cat([m.to_dense() for m in made.values()], 1))
+    assert by_head.kv_num_blocks.shape[:2] == (1, len(made))
+    assert len(torch.unique(by_head.tiles, dim=0)) == len(by_head.tiles) < sum(len(m.tiles) for m in made.values())
+    by_batch = BlockMask.cat([by_head, made["dense"], by_head], dim="batch")
+    dense = made["dense"].to_dense().expand(-1, len(made), -1, -1)
+    assert torch.equal(by_batch.to_dense(), torch.cat([by_head.to_dense(), dense, by_head.to_dense()]))
+    both = BlockMask.cat([by_batch, made["spatial"], by_batch])
+    spatial = made["spatial"].to_dense().expand(3, -1, -1, -1)
+    assert torch.equal(both.to_dense(), torch.cat([by_batch.to_dense(), spatial, by_batch.to_dense()], 1))
+    assert both.layouts() == (layout, layout)
+    assert torch.equal(BlockMask.cat([by_head]).to_dense(), by_head.to_dense())
+    with pytest.raises(ValueError, match=r"0 masks.*accepted are one or more"):
+        BlockMask.cat([])
+    with pytest.raises(ValueError, match=r"dim='rows'.*batch"):
+        BlockMask.cat([by_head], dim="rows")
+    with pytest.raises(ValueError, match="differ in block_size"):
+        BlockMask.cat([by_head, masks.dense(layout, order=order)])
+    with pytest.raises(ValueError, match="along the other dim masks have 3 and 2"):
+        BlockMask.cat([by_batch, BlockMask.cat([made["dense"]] * 2, dim="batch")])
+
+
+def test_flash_attention_4_reads_the_same_pairs() -> None:
+    """As its kernels do: all pairs of full blocks, the predicate's of the others, which looks them up as documented."""
+    layout = VideoLayout(3, 4, 5, tile=(2, 2, 2), text_len=3)
+    for name, mask in examples(layout, block_size=(16, 8)).items():
+        (bq, bk), (nq, nk) = mask.block_size, mask.num_blocks
+        lists = mask.to_fa4()
+        codes, tiles = lists.aux_tensors
+        batch, heads = codes.shape[:2]
+        seen = torch.zeros(batch, heads, nq * bq, nk * bk, dtype=torch.bool)
+        for b, h, i in ((b, h, i) for b in range(batch) for h in range(heads) for i in range(nq)):
+            rows = slice(i * bq, (i + 1) * bq)
+            for j in lists.full_block_idx[b, h, i, : lists.full_block_cnt[b, h, i]].tolist():
+                seen[b, h, rows, j * bk : (j + 1) * bk] = True
+            for j in lists.mask_block_idx[b, h, i, : lists.mask_block_cnt[b, h, i]].tolist():
+                for x, y in ((x, y) for x in range(bq) for y in range(bk)):
+                    byte = int(tiles[codes[b, h, i, j] - 2, x, y // 8])
+                    seen[b, h, i * bq + x, j * bk + y] = byte >> (y % 8) & 1
+        assert torch.equal(seen[:, :, : mask.q_len, : mask.k_len], mask.to_dense()), name
+        assert lists.mask_block_idx.shape == (batch, heads, nq, nk)
+        assert not seen[:, :, mask.q_len :].any()
+        assert not seen[:, :, :, mask.k_len :].any()
+
+
+def test_maps_of_whole_blocks() -> None:
+    kept = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    whole = BlockMask.from_blocks(kept, (8, 16), q_len=35, k_len=60)
+    assert torch.equal(whole.to_block_map(), kept)
+    partial = whole & ~BlockMask.from_dense((torch.arange(60) == 17).expand(1, 1, 35, 60), (8, 16))
+    with pytest.raises(ValueError, match=r'in which some pairs are attended and some not.*partial="full"'):
+        partial.to_block_map()
+    assert torch.equal(partial.to_block_map("full"), kept)
+    assert torch.equal(partial.to_block_map("empty"), kept & (torch.arange(4) != 1))
+    with pytest.raises(ValueError, match="partial='half'"):
+        partial.to_block_map("half")
 
 
 def test_masks_move_between_devices() -> None:
@@ -221,21 +185,6 @@ def test_building_a_minute_takes_little_memory_on_the_way() -> None:
     assert int(run.stdout) < 144
 
 
-@pytest.mark.parametrize("order", ["raster", "tile"])
-def test_a_block_may_hold_many_groups(order: str) -> None:
-    """Tiles of one token: blocks of 40 tokens hold 40 groups, some of them related and some not."""
-    layout = VideoLayout(2, 5, 9, tile=(1, 1, 1), text_len=3)
-
-    def rule(p: tuple[int, int, int], q: tuple[int, int, int]) -> bool:
-        return all(clamped(*axis) for axis in zip(p, q, layout.grid, layout.tile, (1, 3, 5), strict=True))
-
-    expected = brute_force(layout, rule)
-    for block in ((40, 40), (16, 40), (40, 9), (9, 1)):
-        mask = masks.sliding_tile(layout, (1, 3, 5), block_size=block, order=order)
-        assert torch.equal(mask.to_dense(order="raster")[0, 0], expected)
-        assert len(torch.unique(mask.tiles, dim=0)) == len(mask.tiles)
-
-
 def timed(build: Callable[[], BlockMask]) -> float:
     """Processor time, which other programs on the machine don't lengthen."""
     start = time.process_time()
@@ -246,10 +195,6 @@ def timed(build: Callable[[], BlockMask]) -> float:
 def test_plots_and_refusals() -> None:
     layout = VideoLayout(2, 4, 4)
     assert masks.dense(layout).plot() is not None
-    with pytest.raises(ValueError, match="window"):
-        masks.sliding_tile(layout, (1, 0, 1))
-    with pytest.raises(ValueError, match="frames_per_chunk"):
-        masks.block_causal(layout, 0)
     with pytest.raises((ValueError, TypeError)):
         masks.dense(layout) & masks.dense(VideoLayout(2, 4, 5))
     with pytest.raises(ValueError, match=r"frames.*2\.5.*whole sizes"):

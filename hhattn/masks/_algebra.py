@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,13 @@ def complement(a: Blocks, shape: Shape) -> Pairs:
     key = torch.cat([a.partial, ragged])
     tile = torch.cat([a.tile, torch.full_like(ragged, -1)])
     return Pairs(free & (kind == 0), key, tile, kind.view(-1)[key])
+
+
+def beside(sizes: Sequence[Sequence[int]], axis: int) -> list[int]:
+    """Order of the slices of grids [batch, heads] of ``sizes``, listed one grid after the other, in the grid that they
+    make side by side along ``axis``; along the other axis sizes are equal."""
+    start, grids = 0, []
+    for batch, heads in sizes:
+        grids.append(torch.arange(start, start + batch * heads).view(batch, heads))
+        start += batch * heads
+    return torch.cat(grids, axis).flatten().tolist()

@@ -44,6 +44,15 @@ class Shape(NamedTuple):
         return _bits.pack(whole)
 
 
+def make_shape(q_len: int, k_len: int, block_size: tuple[int, int]) -> Shape:
+    """Check lengths and block size, which raises ValueError below 1."""
+    if len(block_size) != 2 or min(block_size) < 1:
+        raise ValueError(f"block_size={block_size}: accepted are two sizes (bq, bk) of at least 1")
+    if min(q_len, k_len) < 1:
+        raise ValueError(f"q_len={q_len}, k_len={k_len}: accepted are lengths of at least 1")
+    return Shape(q_len, k_len, *block_size)
+
+
 class Blocks(NamedTuple):
     """The blocks of one batch entry and head.
 
@@ -82,12 +91,25 @@ def settle(
     for s, tile in zip(slices, place[inverse].split([len(s.key) for s in slices]), strict=True):
         full = s.full.clone()
         full.view(-1)[s.key[bits[tile] == shape.bq * shape.bk]] = True
-        key, tile = s.key[keep[tile]], renumbered[tile[keep[tile]]]
-        if (key.diff() < 0).any():  # most come in order, and sorting takes the longest of all this
-            key, order = key.sort()
-            tile = tile[order]
-        result.append(Blocks(full, key, tile))
+        result.append(ordered(full, s.key[keep[tile]], renumbered[tile[keep[tile]]]))
     return result, table[keep]
+
+
+def ordered(full: Tensor, key: Tensor, tile: Tensor) -> Blocks:
+    """Blocks whose partial ones may come in any order."""
+    if (key.diff() < 0).any():  # most come in order, and sorting takes the longest of all
+        key, order = key.sort()
+        tile = tile[order]
+    return Blocks(full, key, tile)
+
+
+def share(parts: Sequence[tuple[Sequence[Blocks], Tensor]]) -> tuple[list[Blocks], Tensor]:
+    """Slices that point into a table of distinct tiles each, in one such table."""
+    if len(parts) == 1:
+        return list(parts[0][0]), parts[0][1]
+    table, place = _bits.unique_tiles(torch.cat([table for _, table in parts]))
+    places = place.split([len(table) for _, table in parts])
+    return [s._replace(tile=at[s.tile]) for (slices, _), at in zip(parts, places, strict=True) for s in slices], table
 
 
 def classify(slices: Sequence[Blocks], table: Tensor, shape: Shape) -> tuple[list[Blocks], Tensor]:
@@ -175,3 +197,11 @@ def from_lists(lists: Sequence[Tensor], shape: Shape) -> Blocks:
     beyond = torch.arange(full_columns.shape[1], device=device) >= full_counts[:, None]
     full.scatter_(1, full_columns.long().masked_fill(beyond, shape.nk), True)
     return Blocks(full[:, :-1].contiguous(), row * shape.nk + columns[row, place], tiles[row, place].long())
+
+
+def check_bool(name: str, value: Tensor) -> None:
+    """Four dims of bool, or an error that names the argument."""
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} is {value.dtype}; accepted is torch.bool")
+    if value.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted are four dims [B|1, H|1, queries, keys]")

@@ -37,28 +37,78 @@ def to_bsr(mask: BlockMask, batch: int, head: int) -> Bsr:
     return Bsr(torch.searchsorted(key, edges, out_int32=True), (key % nk).int(), bits)
 
 
+class Fa4(NamedTuple):
+    """What ``flash_attn.cute`` takes: all but the last are fields of the same names of its ``BlockSparseTensorsTorch``;
+    ``aux_tensors`` is for a ``mask_mod``, without which it can't tell the pairs of a partial block apart.
+
+    mask_block_cnt, full_block_cnt: [Bm, Hm, nq] int32; mask_block_idx, full_block_idx: [Bm, Hm, nq, nk] int32.
+    block_size: (bq, bk); its kernels want multiples of their own tiles.
+    aux_tensors: (codes [Bm, Hm, nq, nk] int32, 0 for an empty block, 1 for a full one and 2 + i for tile i;
+        tiles [T + 1, bq, ceil(bk / 8)] uint8, of which the last is empty).
+    """
+
+    mask_block_cnt: Tensor
+    mask_block_idx: Tensor
+    full_block_cnt: Tensor
+    full_block_idx: Tensor
+    block_size: tuple[int, int]
+    aux_tensors: tuple[Tensor, Tensor]
+
+
+def to_fa4(mask: BlockMask) -> Fa4:
+    """See :meth:`BlockMask.to_fa4`."""
+    columns, full_columns = (_wide(x, mask.num_blocks[1]) for x in (mask.kv_indices, mask.full_kv_indices))
+    return Fa4(mask.kv_num_blocks, columns, mask.full_kv_num_blocks, full_columns, mask.block_size, _look_up(mask))
+
+
+def to_block_map(mask: BlockMask, partial: str | None) -> Tensor:
+    """See :meth:`BlockMask.to_block_map`."""
+    if partial not in (None, "full", "empty"):
+        raise ValueError(f'partial={partial!r}: accepted are None, which refuses partial blocks, "full" and "empty"')
+    kind, edges = mask._shape.edge(mask.device)
+    whole = _bits.popcount(edges)[kind.view(-1)]
+    bits = _bits.popcount(mask.tiles)
+    maps = []
+    for blocks in mask._slices():
+        attended = blocks.full.clone()
+        keep = bits[blocks.tile] == whole[blocks.partial]
+        if partial is None and not keep.all():
+            raise ValueError(
+                f"mask has {int((~keep).sum())} blocks in which some pairs are attended and some not; a map of blocks "
+                f'can not say which: accepted are masks of whole blocks, or partial="full" or "empty"'
+            )
+        attended.view(-1)[blocks.partial] = True if partial == "full" else keep
+        maps.append(attended)
+    return torch.stack(maps).unflatten(0, mask.kv_num_blocks.shape[:2])
+
+
+def _look_up(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """``aux_tensors`` of :class:`Fa4`. One tile more than there are, so that there is always one to look at."""
+    codes = torch.stack([_codes(s) for s in mask._slices()]).unflatten(0, mask.kv_num_blocks.shape[:2])
+    return codes, torch.cat([mask.tiles, mask.tiles.new_zeros(1, *mask.tiles.shape[1:])])
+
+
+def _wide(columns: Tensor, nk: int) -> Tensor:
+    """Lists with room for every key block, as other libraries want them."""
+    return torch.nn.functional.pad(columns, (0, nk - columns.shape[-1])).contiguous()
+
+
 def to_flex(mask: BlockMask) -> flex.BlockMask:
     """See :meth:`BlockMask.to_flex`. The predicate looks the pair up: block number, then bit."""
-    (bq, bk), (nq, nk) = mask.block_size, mask.num_blocks
+    (bq, bk), nk = mask.block_size, mask.num_blocks[1]
     batch, heads = mask.kv_num_blocks.shape[:2]
-    # 0 is empty, 1 full, 2 + i tile i
-    codes = torch.stack([_codes(s) for s in mask._slices()]).view(batch, heads, nq, nk)
-    # one empty tile more, so that there is always one to look at
-    tiles = torch.cat([mask.tiles, mask.tiles.new_zeros(1, *mask.tiles.shape[1:])])
+    codes, tiles = _look_up(mask)
 
     def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         code = codes[b * (batch > 1), h * (heads > 1), q // bq, k // bk]
         byte = tiles[(code - 2).clamp(min=0), q % bq, (k % bk) // 8]
         return (code == 1) | ((code > 1) & (((byte >> (k % bk % 8)) & 1) == 1))
 
-    def wide(columns: Tensor) -> Tensor:
-        return torch.nn.functional.pad(columns, (0, nk - columns.shape[-1])).contiguous()
-
     return flex.BlockMask.from_kv_blocks(
         mask.kv_num_blocks,
-        wide(mask.kv_indices),
+        _wide(mask.kv_indices, nk),
         mask.full_kv_num_blocks,
-        wide(mask.full_kv_indices),
+        _wide(mask.full_kv_indices, nk),
         BLOCK_SIZE=mask.block_size,
         mask_mod=attends,
         seq_lengths=(mask.q_len, mask.k_len),
@@ -114,21 +164,3 @@ def _evaluate(mask_mod: Any, b: int, h: int, key: Tensor, shape: _blocks.Shape) 
         k = (part % shape.nk)[:, None] * shape.bk + torch.arange(shape.bk, device=key.device)
         tiles.append(_bits.pack(on_block(*at, q.clamp(max=shape.q_len - 1), k.clamp(max=shape.k_len - 1))))
     return torch.cat(tiles)
-
-
-def plot(mask: BlockMask, batch: int, head: int, ax: Any) -> Any:
-    """See :meth:`BlockMask.plot`."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("BlockMask.plot needs matplotlib: pip install 'hhattn[bench]'") from error
-    blocks = mask._slices()[batch * mask.kv_num_blocks.shape[1] + head]
-    bq, bk = mask.block_size
-    share = blocks.full.float()
-    share.view(-1)[blocks.partial] = _bits.popcount(mask.tiles)[blocks.tile] / (bq * bk)
-    if ax is None:
-        ax = pyplot.subplots()[1]
-    ax.imshow(share.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    ax.set(xlabel=f"key block ({bk} tokens)", ylabel=f"query block ({bq} tokens)")
-    ax.set_title(f"{mask.q_len}x{mask.k_len}, {mask.order} order, density {mask.density:.1%}")
-    return ax

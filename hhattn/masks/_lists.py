@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hhattn.masks._blocks import Shape
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the first fields of a BlockMask, its table the last
+
+
+class QLists(NamedTuple):
+    """The same blocks listed by key block, for the gradients of k and v. Queries of key block j are
+    ``indices[..., offsets[..., j] : offsets[..., j + 1]]``, ascending; int32.
+
+    offsets, full_offsets: [Bm, Hm, nk + 1]; indices, tiles, full_indices: [Bm, Hm, nq * width of the kv list].
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    tiles: Tensor
+    full_offsets: Tensor
+    full_indices: Tensor
 
 
 def listed(flags: Tensor, width: int, *values: Tensor) -> tuple[Tensor, ...]:
@@ -47,3 +63,13 @@ def whole_blocks(kept: Tensor, shape: Shape, width: int) -> Lists:
     full_counts, full_columns = listed(kept & (kind == 0), width)
     counts, columns, tiles = listed(kept & (kind > 0), edge_width(shape, width), kind)
     return counts, columns, tiles, full_counts, full_columns, shape.edge_tiles(kept.device)
+
+
+def by_column(counts: Tensor, columns: Tensor, nk: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row lists [Bm, Hm, nq, width] to column lists (offsets, rows, values), by a stable sort of their entries."""
+    width = columns.shape[-1]
+    beyond = torch.arange(width, device=columns.device) >= counts[..., None]
+    column, entry = columns.masked_fill(beyond, nk).flatten(-2).sort(dim=-1, stable=True)
+    edges = torch.arange(nk + 1, dtype=column.dtype, device=column.device).expand(*column.shape[:-1], -1)
+    offsets = torch.searchsorted(column, edges.contiguous(), out_int32=True)
+    return offsets, (entry // max(1, width)).int(), values.flatten(-2).gather(-1, entry)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hhattn.layout import Order, VideoLayout
-from hhattn.masks._groups import frame_of, static_mask
+from hhattn.masks._grid import Pattern, everywhere, static_mask
 from hhattn.masks.block_mask import BlockMask
 
 
@@ -21,12 +21,20 @@ def block_causal(
     k_frames: Sequence[int] | None = None,
 ) -> BlockMask:
     """A video token of frame f attends frame g where ``g // frames_per_chunk <= f // frames_per_chunk``: its whole
-    chunk, both ways, and every chunk before. Other arguments as in :mod:`hhattn.masks`.
+    chunk, both ways, and every chunk before (CausVid, arXiv 2412.07772, and the block-causal models after it). Other
+    arguments as in :mod:`hhattn.masks`.
+
+    ::
+
+        frames_per_chunk = 2        key frame  0 1 2 3 4 5
+                            query frame  0, 1  # # . . . .
+                                         2, 3  # # # # . .
+                                         4, 5  # # # # # #
 
     Raises ValueError if ``frames_per_chunk`` is below 1.
     """
     if frames_per_chunk < 1:
         raise ValueError(f"frames_per_chunk={frames_per_chunk}: accepted is 1 or more")
     chunk = torch.arange(layout.frames) // frames_per_chunk
-    relation = chunk[None, :] <= chunk[:, None]
-    return static_mask(layout, frame_of, relation, block_size, order, q_frames, k_frames)
+    frames = (chunk[None, :] <= chunk[:, None]).byte()
+    return static_mask(layout, [Pattern(frames, [everywhere(layout)])], block_size, order, q_frames, k_frames)

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout, check_order
 from hhattn.masks import _algebra, _bits, _blocks, _lists
-from hhattn.masks._blocks import Blocks, Pairs, Shape
+from hhattn.masks._blocks import Blocks, Pairs, Shape, check_bool, make_shape
+from hhattn.masks._lists import QLists, by_column
 
 if TYPE_CHECKING:
-    from hhattn.masks._convert import Bsr
-
-
-class QLists(NamedTuple):
-    """The same blocks listed by key block, for the gradients of k and v. Queries of key block j are
-    ``indices[..., offsets[..., j] : offsets[..., j + 1]]``, ascending; int32.
-
-    offsets, full_offsets: [Bm, Hm, nk + 1]; indices, tiles, full_indices: [Bm, Hm, nq * width of the kv list].
-    """
-
-    offsets: Tensor
-    indices: Tensor
-    tiles: Tensor
-    full_offsets: Tensor
-    full_indices: Tensor
+    from hhattn.masks._convert import Bsr, Fa4
 
 
 @dataclass(eq=False)
@@ -114,7 +101,7 @@ class BlockMask:
         k_layout: VideoLayout | None = None,
     ) -> BlockMask:
         """The mask whose :meth:`to_dense` is ``dense``, bool [B|1, H|1, Sq, Sk], True where a query attends a key."""
-        _check_bool("dense", dense)
+        check_bool("dense", dense)
         shape = make_shape(dense.shape[2], dense.shape[3], block_size)
         slices, table = _blocks.from_dense(dense.flatten(0, 1), shape)
         return assemble(slices, table, dense.shape[0], shape, order, layout, k_layout)
@@ -134,10 +121,15 @@ class BlockMask:
     ) -> BlockMask:
         """Whole blocks: ``blocks`` bool [B|1, H|1, nq, nk], True where every query of a block attends every key.
 
+<<<<<<< HEAD
         ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block. With ``max_blocks``, a bound on the
         blocks of a row, the lists are made that wide and nothing is read from the device: for masks computed as the
         model runs. Of a row with more blocks the first ``max_blocks`` are taken."""
-        _check_bool("blocks", blocks)
+        check_bool("blocks", blocks)
+=======
+        ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block."""
+        check_bool("blocks", blocks)
+>>>>>>> 9635b22 (Static masks are built from frames and places: neighborhood, radial, spatial, temporal, text of each sample's length; masks side by side by head or batch; FA4's and SpargeAttn's forms)
         nq, nk = blocks.shape[2:]
         q_len, k_len = nq * block_size[0] if q_len is None else q_len, nk * block_size[1] if k_len is None else k_len
         shape = make_shape(q_len, k_len, block_size)
@@ -160,6 +152,29 @@ class BlockMask:
         from hhattn.masks import _convert
 
         return _convert.from_flex(mask)
+
+    @classmethod
+    def cat(cls, masks: Sequence[BlockMask], dim: str = "head") -> BlockMask:
+        """Masks side by side: a pattern for each head, ``dim="head"``, or for each batch entry, ``dim="batch"``. Along
+        the other of the two each has the same size, or 1. They share one table of tiles.
+
+        >>> BlockMask.cat([masks.radial(layout)] * 2 + [masks.spatial(layout), masks.temporal(layout)])  # 4 heads
+
+        Raises ValueError for no masks, another ``dim``, or masks that differ in size, block size, order or device."""
+        if dim not in ("batch", "head") or not masks:
+            raise ValueError(f'{len(masks)} masks, dim={dim!r}: accepted are one or more, and "batch" or "head"')
+        first, axis = masks[0], ("batch", "head").index(dim)
+        for other in masks[1:]:
+            first._check_alike(other)
+        sizes = [list(m.kv_num_blocks.shape[:2]) for m in masks]
+        across = max(size[1 - axis] for size in sizes)
+        for m, size in zip(masks, sizes, strict=True):
+            if size[1 - axis] not in (1, across):
+                raise ValueError(f"dim={dim!r}: along the other dim masks have {across} and {size[1 - axis]}: {m}")
+            size[1 - axis] = across
+        slices, table = _blocks.share([(m._slices(size), m.tiles) for m, size in zip(masks, sizes, strict=True)])
+        rows, batch = [slices[i] for i in _algebra.beside(sizes, axis)], across if axis else sum(s[0] for s in sizes)
+        return assemble(rows, table, batch, first._shape, first.order, first.layout, first.k_layout)
 
     # ---- other forms ----
 
@@ -187,6 +202,19 @@ class BlockMask:
 
         return _convert.to_bsr(self, batch, head)
 
+    def to_fa4(self) -> Fa4:
+        """The lists as FlashAttention 4 takes them, with what a ``mask_mod`` for partial blocks looks up."""
+        from hhattn.masks import _convert
+
+        return _convert.to_fa4(self)
+
+    def to_block_map(self, partial: str | None = None) -> Tensor:
+        """bool [Bm, Hm, nq, nk], the blocks attended in whole, as SpargeAttn takes them (``mask_id``). Partial blocks
+        that attend all their real pairs are whole; others are refused, or taken for ``partial``, "full" or "empty"."""
+        from hhattn.masks import _convert
+
+        return _convert.to_block_map(self, partial)
+
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on ``device``."""
         moved: dict[str, Any] = {n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)}
@@ -204,9 +232,9 @@ class BlockMask:
 
     def plot(self, batch: int = 0, head: int = 0, ax: Any = None) -> Any:
         """Draw the share of attended pairs of every block with matplotlib; returns the axes."""
-        from hhattn.masks import _convert
+        from hhattn.masks import _draw
 
-        return _convert.plot(self, batch, head, ax)
+        return _draw.plot(self, batch, head, ax)
 
     # ---- algebra ----
 
@@ -233,9 +261,7 @@ class BlockMask:
     ) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
-        for name in ("q_len", "k_len", "block_size", "order", "device"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"masks differ in {name}: {getattr(self, name)} and {getattr(other, name)}")
+        self._check_alike(other)
         size = torch.broadcast_shapes(self.kv_num_blocks.shape[:2], other.kv_num_blocks.shape[:2])
         table = torch.cat([self.tiles, other.tiles])
         ours, theirs = self._slices(size), other._slices(size)
@@ -243,6 +269,11 @@ class BlockMask:
         slices, table = _blocks.settle(pairs, table, table, bits, self._shape)
         layout, k_layout = self.layout or other.layout, self.k_layout or other.k_layout
         return assemble(slices, table, size[0], self._shape, self.order, layout, k_layout)
+
+    def _check_alike(self, other: BlockMask) -> None:
+        for name in ("q_len", "k_len", "block_size", "order", "device"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(f"masks differ in {name}: {getattr(self, name)} and {getattr(other, name)}")
 
     # ---- figures ----
 
@@ -327,15 +358,6 @@ class BlockMask:
         return [made[b % batch][h % heads] for b in range(size[0]) for h in range(size[1])]
 
 
-def make_shape(q_len: int, k_len: int, block_size: tuple[int, int]) -> Shape:
-    """Check lengths and block size, which raises ValueError below 1."""
-    if len(block_size) != 2 or min(block_size) < 1:
-        raise ValueError(f"block_size={block_size}: accepted are two sizes (bq, bk) of at least 1")
-    if min(q_len, k_len) < 1:
-        raise ValueError(f"q_len={q_len}, k_len={k_len}: accepted are lengths of at least 1")
-    return Shape(q_len, k_len, *block_size)
-
-
 def assemble(
     slices: Sequence[Blocks],
     table: Tensor,
@@ -371,20 +393,3 @@ def assemble(
         layout,
         k_layout,
     )
-
-
-def _check_bool(name: str, value: Tensor) -> None:
-    if value.dtype != torch.bool:
-        raise TypeError(f"{name} is {value.dtype}; accepted is torch.bool")
-    if value.ndim != 4:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; accepted are four dims [B|1, H|1, queries, keys]")
-
-
-def by_column(counts: Tensor, columns: Tensor, nk: int, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row lists [Bm, Hm, nq, width] to column lists (offsets, rows, values), by a stable sort of their entries."""
-    width = columns.shape[-1]
-    beyond = torch.arange(width, device=columns.device) >= counts[..., None]
-    column, entry = columns.masked_fill(beyond, nk).flatten(-2).sort(dim=-1, stable=True)
-    edges = torch.arange(nk + 1, dtype=column.dtype, device=column.device).expand(*column.shape[:-1], -1)
-    offsets = torch.searchsorted(column, edges.contiguous(), out_int32=True)
-    return offsets, (entry // max(1, width)).int(), values.flatten(-2).gather(-1, entry)

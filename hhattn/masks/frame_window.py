@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hhattn.layout import Order, VideoLayout
-from hhattn.masks._groups import frame_of, static_mask
+from hhattn.masks._grid import Pattern, everywhere, static_mask
 from hhattn.masks.block_mask import BlockMask
 
 
@@ -23,10 +23,17 @@ def frame_window(
     """A video token of frame f attends frame g where ``|f - g| <= frames``; 0 is attention within a frame. Other
     arguments as in :mod:`hhattn.masks`.
 
+    ::
+
+        frames = 1        key frame  0 1 2 3 4
+                    query frame 0    # # . . .
+                                1    # # # . .
+                                2    . # # # .
+
     Raises ValueError if ``frames`` is negative.
     """
     if frames < 0:
         raise ValueError(f"frames={frames}: accepted is 0 or more")
     frame = torch.arange(layout.frames)
-    relation = (frame[None, :] - frame[:, None]).abs() <= frames
-    return static_mask(layout, frame_of, relation, block_size, order, q_frames, k_frames)
+    near = ((frame[None, :] - frame[:, None]).abs() <= frames).byte()
+    return static_mask(layout, [Pattern(near, [everywhere(layout)])], block_size, order, q_frames, k_frames)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hhattn.layout import Order, VideoLayout
-from hhattn.masks._groups import frame_of, static_mask
+from hhattn.masks._grid import Pattern, everywhere, static_mask
 from hhattn.masks.block_mask import BlockMask
 
 
@@ -20,12 +20,17 @@ def sink(
     q_frames: Sequence[int] | None = None,
     k_frames: Sequence[int] | None = None,
 ) -> BlockMask:
-    """Every video token attends the first ``frames`` frames, and nothing else: ``|`` it to a pattern that forgets them.
-    Other arguments as in :mod:`hhattn.masks`.
+    """Every video token attends the first ``frames`` frames, and nothing else: ``|`` it to a pattern that forgets them
+    (attention sinks, arXiv 2309.17453). Other arguments as in :mod:`hhattn.masks`.
+
+    ::
+
+        frames = 1        key frame  0 1 2 3 4
+                    every query      # . . . .
 
     Raises ValueError if ``frames`` is negative.
     """
     if frames < 0:
         raise ValueError(f"frames={frames}: accepted is 0 or more")
-    relation = (torch.arange(layout.frames) < frames)[None, :].expand(layout.frames, -1)
-    return static_mask(layout, frame_of, relation, block_size, order, q_frames, k_frames)
+    first = (torch.arange(layout.frames) < frames).byte()[None, :].repeat(layout.frames, 1)
+    return static_mask(layout, [Pattern(first, [everywhere(layout)])], block_size, order, q_frames, k_frames)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout
-from hhattn.masks._groups import static_mask
+from hhattn.masks._grid import Pattern, by_axis, static_mask
 from hhattn.masks.block_mask import BlockMask
 
 
@@ -28,6 +28,13 @@ def sliding_tile(
     ``w >= n`` is attended in whole. All tokens of a tile have the same keys, so with ``order="tile"`` and blocks as
     long as a tile nearly every block is full or empty.
 
+    ::
+
+        one axis of 6 tiles, window 3      tile  0 1 2 3 4 5
+                       tokens of tile 0, 1       # # # . . .
+                                      2          . # # # . .
+                                   4, 5          . . . # # #
+
     Args:
         layout: the token grid and its tile.
         window: (t, h, w) in tiles for every head, or one such triple for each head.
@@ -35,16 +42,11 @@ def sliding_tile(
 
     Raises ValueError for a window that isn't three sizes of at least 1, or a list of such.
     """
-    n_tiles = layout.tile_grid
-    relation = torch.stack([_window(n_tiles, w) for w in _windows(window)])
-    size = torch.tensor(layout.tile)
-
-    def tile_of(position: Tensor) -> Tensor:
-        t, h, w = (position // size).unbind(-1)
-        tile = (t * n_tiles[1] + h) * n_tiles[2] + w
-        return tile.where(position[:, 0] >= 0, -1)
-
-    return static_mask(layout, tile_of, relation, block_size, order, q_frames, k_frames)
+    patterns = []
+    for sizes in _windows(window):
+        frames, rows, columns = (_axis(*axis) for axis in zip(layout.grid, layout.tile, sizes, strict=True))
+        patterns.append(Pattern(frames.byte(), [by_axis(rows, columns)]))
+    return static_mask(layout, patterns, block_size, order, q_frames, k_frames)
 
 
 def _windows(window: Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
@@ -57,12 +59,9 @@ def _windows(window: Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[int,
     return sizes
 
 
-def _window(n_tiles: tuple[int, int, int], window: tuple[int, ...]) -> Tensor:
-    """[tiles, tiles] bool, from one relation for each axis."""
-    axes: list[Tensor] = []
-    for n, size in zip(n_tiles, window, strict=True):
-        tile = torch.arange(n)
-        start = (tile - (size - 1) // 2).clamp(min=0, max=max(n - size, 0))[:, None]
-        axes.append((tile >= start) & (tile < start + size))
-    t, h, w = axes[0][:, None, None, :, None, None], axes[1][:, None, None, :, None], axes[2][:, None, None, :]
-    return (t & h & w).reshape(n_tiles[0] * n_tiles[1] * n_tiles[2], -1)
+def _axis(n: int, tile: int, window: int) -> Tensor:
+    """[n, n] bool: tokens that see each other along an axis of n tokens."""
+    at = torch.arange(n) // tile
+    count = -(-n // tile)
+    start = (at - (window - 1) // 2).clamp(min=0, max=max(count - window, 0))[:, None]
+    return (at >= start) & (at < start + window)
