@@ -1,4 +1,4 @@
-"""The command line: ``hhattn info``, ``generate``, ``evaluate`` and ``words``."""
+"""The command line: ``hhattn info``, ``masks``, ``generate``, ``evaluate`` and ``words``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hhattn import masks_cli
 from hhattn.info import info
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(masks_cli.app, name="masks")
 
 
 @app.callback()
