@@ -121,15 +121,10 @@ class BlockMask:
     ) -> BlockMask:
         """Whole blocks: ``blocks`` bool [B|1, H|1, nq, nk], True where every query of a block attends every key.
 
-<<<<<<< HEAD
         ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block. With ``max_blocks``, a bound on the
         blocks of a row, the lists are made that wide and nothing is read from the device: for masks computed as the
         model runs. Of a row with more blocks the first ``max_blocks`` are taken."""
         check_bool("blocks", blocks)
-=======
-        ``q_len``, ``k_len`` (default nq bq and nk bk) end inside the last block."""
-        check_bool("blocks", blocks)
->>>>>>> 9635b22 (Static masks are built from frames and places: neighborhood, radial, spatial, temporal, text of each sample's length; masks side by side by head or batch; FA4's and SpargeAttn's forms)
         nq, nk = blocks.shape[2:]
         q_len, k_len = nq * block_size[0] if q_len is None else q_len, nk * block_size[1] if k_len is None else k_len
         shape = make_shape(q_len, k_len, block_size)
