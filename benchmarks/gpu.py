@@ -1,8 +1,9 @@
-"""What `make gpu` runs: on a machine with a CUDA GPU its measured rooflines, every test marked gpu and the benchmarks;
+"""What `make gpu` runs: on a machine with a CUDA GPU its measured rooflines, the ops' tests on it and the benchmarks;
 on one without, a line that says so."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def main() -> int:
         )
         return 0
     rooflines()
-    tests = subprocess.run([Path(sys.executable).with_name("pytest"), "-m", "gpu"], cwd=ROOT, check=False)
+    command = [Path(sys.executable).with_name("pytest"), "-m", "any_device and not slow"]
+    tests = subprocess.run(command, cwd=ROOT, env={**os.environ, "HHATTN_TEST_DEVICE": "cuda"}, check=False)
     bench = subprocess.run([sys.executable, ROOT / "benchmarks/run.py", "--device", "cuda"], check=False)
     return tests.returncode or bench.returncode
 

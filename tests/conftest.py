@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from helpers import DEVICE
 from hypothesis import settings
 
+import hhattn
 from hhattn import _ext, simt
 from hhattn.ops import _triton
 
@@ -17,29 +20,37 @@ settings.register_profile("hhattn", deadline=None, derandomize=True, max_example
 settings.load_profile("hhattn")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NATIVE_ISAS = [] if _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
+NATIVE_ISAS = (
+    [] if DEVICE != "cpu" or _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
+)
 IMPLS = ["reference", "cpp", "triton"]
 SIMT = int(os.environ.get("HHATTN_SIMT", "0"))  # 80 or 90: Triton kernels compiled for it run on the emulator
 
 
 def _runs_here(item: pytest.Item) -> bool:
-    """Whether this machine can run it: tests of a GPU, of an implementation or a dtype that it can't are left out,
-    instead of a page of skips."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        return False
+    """Whether it can be run here: tests of an implementation or a dtype that can't are left out, instead of a page of
+    skips."""
     params = getattr(item, "callspec", None) and item.callspec.params
     if not params:
         return True
     if params.get("impl") == "cpp":
         return bool(NATIVE_ISAS)
-    if params.get("impl") == "triton":  # on CPU tensors, that is
+    if params.get("impl") == "triton" and DEVICE == "cpu":
         if SIMT:
-            return params.get("device") != "cuda"
+            return True
         return _triton.interpreted() and _triton.why_not(torch.empty(0, dtype=params.get("dtype"))) is None
     return True
 
 
+def pytest_configure() -> None:
+    if DEVICE not in ("cpu", "cuda") or (DEVICE == "cuda" and not torch.cuda.is_available()):
+        raise pytest.UsageError(f"HHATTN_TEST_DEVICE={DEVICE}: accepted are cpu and, where there is a GPU, cuda")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if DEVICE != "cpu" and (marker := item.get_closest_marker("cpu_only")):
+            item.add_marker(pytest.mark.skip(reason=marker.args[0]))
     out = [item for item in items if not _runs_here(item)]
     if out:
         config.hook.pytest_deselected(items=out)
@@ -59,6 +70,16 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not session.reports, "\n".join(map(str, session.reports))
 
 
+@pytest.fixture(autouse=True)
+def no_default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests that can be run on a GPU, tensors that nobody gave a device (helpers.DEVICE, or that of another tensor)
+    lie on meta and don't mix with the rest: so a CPU shows what would be on the wrong device there. Not where
+    something is compiled, since Dynamo can't trace all of torch under another default."""
+    watched = DEVICE == "cpu" and request.node.get_closest_marker("any_device") and "compile" not in request.node.name
+    with torch.device("meta") if watched else nullcontext():
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
     """One thread, unless asked: tests are small, and several test runs may share the machine."""
@@ -70,12 +91,17 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(params=["automatic" if DEVICE == "cpu" else "reference", "triton"])
+def impl(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the ops choose for CPU tensors, and Triton's kernels in the interpreter or the emulator; on a GPU, the
+    reference and Triton's kernels."""
+    with hhattn.use_impl(None if request.param == "automatic" else request.param):
+        yield request.param
 
 
-@pytest.fixture(params=NATIVE_ISAS or [pytest.param("none", marks=pytest.mark.skip(_ext.why_missing() or ""))])
+@pytest.fixture(
+    params=NATIVE_ISAS or [pytest.param("none", marks=pytest.mark.skip(_ext.why_missing() or "the CPU's own"))]
+)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set this CPU runs, in use for the time of the test."""
     _ext.library().use_cpu_isa(request.param)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+#: Where the tensors of the ops' tests lie.
+DEVICE = os.environ.get("HHATTN_TEST_DEVICE", "cpu")
 
 
 def _error(value: Tensor, expected64: Tensor, where: Tensor) -> tuple[float, float]:
@@ -63,7 +68,9 @@ def strided(x: Tensor, dim: int = 1) -> Tensor:
     return view.requires_grad_(x.requires_grad) if x.is_leaf else view
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Seeded normal numbers, drawn in float64 and rounded to ``dtype``: every dtype sees the same values, nearly."""
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = DEVICE) -> Tensor:
+    """Seeded normal numbers, drawn in float64 on the CPU and rounded to ``dtype``: every dtype and device sees the same
+    values, nearly."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device=device, dtype=dtype)
+    drawn = torch.randn(*shape, dtype=torch.float64, generator=generator, device="cpu")
+    return drawn.to(device=device, dtype=dtype)

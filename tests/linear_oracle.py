@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import assert_close_to_fp64, randn, strided
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from torch import Tensor
 
 from hhattn import block_linear_attention
@@ -101,8 +101,8 @@ def inputs(batch: int, tokens: int, heads: int, kv_heads: int, dim: int, dim_v: 
 
 def tables(tokens: int, dim: int, start: int = 0) -> tuple[Tensor, Tensor]:
     """cos, sin [tokens, dim] in float64 for positions ``start`` …"""
-    where = torch.arange(start, start + tokens, dtype=torch.float64)
-    angles = where[:, None] * 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    where = torch.arange(start, start + tokens, dtype=torch.float64, device=DEVICE)
+    angles = where[:, None] * 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=DEVICE) / dim)
     return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
 
 

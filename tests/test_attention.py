@@ -7,10 +7,12 @@ import types
 
 import pytest
 import torch
-from helpers import assert_close_to_fp64, randn, strided
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from torch import Tensor
 
 import hhattn
+
+pytestmark = pytest.mark.any_device
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal: bool = False) -> Tensor:
@@ -18,7 +20,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal:
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[3] ** -0.5 if scale is None else scale)
     if causal:
-        late = torch.arange(k.shape[1]) > torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        queries, keys = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
+        late = keys > queries[:, None] + k.shape[1] - q.shape[1]
         scores = scores.masked_fill(late, float("-inf"))
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
@@ -63,17 +66,19 @@ def test_compiles_whole_and_on_meta() -> None:
 
 def test_autocast() -> None:
     q, k = randn(1, 6, 2, 8), randn(1, 6, 2, 8, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = hhattn.attention(q, k, k)
     torch.testing.assert_close(out, hhattn.attention(q.bfloat16(), k, k), rtol=0, atol=0)
 
 
+@pytest.mark.cpu_only("the reason is that there is no GPU")
 def test_flash_is_refused_with_its_reason() -> None:
     q = randn(1, 6, 2, 8)
     with hhattn.use_impl("flash"), pytest.raises(RuntimeError, match=r"flash-attn (is not installed|runs on CUDA)"):
         hhattn.attention(q, q, q)
 
 
+@pytest.mark.cpu_only("the reason is that there is no GPU")
 def test_flash_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library there, a call it can't take is answered by a reason, and the automatic choice by SDPA."""
     from hhattn.ops.attention import _flash_can_run
@@ -99,6 +104,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.cpu_only("arguments are refused before their device matters")
 @pytest.mark.parametrize(
     ("changed", "error", "message"), REFUSED, ids=lambda x: "+".join(x) if isinstance(x, dict) else ""
 )

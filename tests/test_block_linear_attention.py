@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import assert_close_to_fp64, randn, strided
+from conftest import IMPLS
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_oracle import inputs, lens_of, options, oracle, tables, to, turn
@@ -15,6 +16,8 @@ from torch import Tensor
 
 import hhattn
 from hhattn import LinearAttentionState, block_linear_attention
+
+pytestmark = pytest.mark.any_device
 
 ALL = {"rope", "key_gate", "decay", "initial_state"}
 CHUNKS = [None, 1, 4, 23, 50, [23], [1, 5, 5, 5, 2, 5], [7, 16]]
@@ -33,6 +36,7 @@ def test_equals_the_recurrence(chunk_lens: int | list[int] | None, names: set[st
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "dim_v"), [(3, 3, 40, 40), (4, 2, 112, 112), (2, 1, 64, 24)])
 def test_accuracy(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, dim_v: int) -> None:
@@ -50,6 +54,7 @@ def test_accuracy(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, dim_v
     assert_close_to_fp64(out, expected, baseline.to(dtype))
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_accuracy(dtype: torch.dtype) -> None:
     """Gradients of every input against the float64 oracle's, beside those of the same formula in the same dtype."""
@@ -130,7 +135,7 @@ def test_one_chunk_is_bidirectional() -> None:
     weights = torch.einsum("bihd,bjhd->bhij", q.relu(), k.relu())
     expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + 1e-15), v)
     torch.testing.assert_close(block_linear_attention(q, k, v), expected)
-    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     torch.testing.assert_close(block_linear_attention(q, k[:, order], v[:, order]), expected)
 
 
@@ -154,7 +159,7 @@ def test_sana_video_2() -> None:
 
 def test_zero_decay_forgets_exactly() -> None:
     q, k, v = inputs(1, 12, 2, 2, 4, 4)
-    out = block_linear_attention(q, k, v, chunk_lens=4, decay=torch.zeros(2, dtype=torch.float64))
+    out = block_linear_attention(q, k, v, chunk_lens=4, decay=torch.zeros(2, dtype=torch.float64, device=DEVICE))
     alone = [block_linear_attention(q[:, i : i + 4], k[:, i : i + 4], v[:, i : i + 4]) for i in (0, 4, 8)]
     torch.testing.assert_close(out, torch.cat(alone, 1))
 
@@ -166,6 +171,7 @@ def test_long_sums_stay_accurate_in_bfloat16() -> None:
     torch.testing.assert_close(state.k_sum.double(), k.double().sum(1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("impl")
 def test_strided_inputs_and_awkward_sizes() -> None:
     q, k, v = (x.float() for x in inputs(2, 11, 3, 3, 6, 5))
     expected = block_linear_attention(q, k, v, chunk_lens=4)
@@ -180,6 +186,7 @@ def test_strided_inputs_and_awkward_sizes() -> None:
     assert one.shape == (2, 1, 3, 5)
 
 
+@pytest.mark.usefixtures("impl")
 def test_a_query_that_sees_nothing_is_zero_without_nan_gradients() -> None:
     """ReLU can silence a whole query, or every key: 0/eps is 0, and so are the gradients."""
     q, k, v = (x.float() for x in inputs(1, 6, 1, 1, 4, 4))
@@ -196,15 +203,16 @@ def test_memory_does_not_hold_a_square() -> None:
     tokens, kept = 4096, []
     q, k, v = (x.float().requires_grad_() for x in inputs(1, tokens, 1, 1, 8, 8))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        block_linear_attention(q, k, v, chunk_lens=256, decay=torch.full((1,), 0.9))
+        block_linear_attention(q, k, v, chunk_lens=256, decay=torch.full((1,), 0.9, device=DEVICE))
     assert max(kept) <= tokens * 16
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("decayed", [False, True])
 def test_compiles_whole(decayed: bool) -> None:
     q, k, v = (x.float() for x in inputs(1, 20, 2, 1, 8, 4))
     rope = tuple(x.float() for x in tables(20, 8))
-    decay = torch.full((2,), 0.5) if decayed else None
+    decay = torch.full((2,), 0.5, device=DEVICE) if decayed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LinearAttentionState]:
         return block_linear_attention(q, k, v, chunk_lens=6, rope=rope, decay=decay, output_final_state=True)
@@ -233,7 +241,7 @@ def test_functional_transforms(of: str) -> None:
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(f(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(f)(x), expected)
-    torch.testing.assert_close(torch.func.vjp(f, x)[1](torch.ones((), dtype=x.dtype))[0], expected)
+    torch.testing.assert_close(torch.func.vjp(f, x)[1](torch.ones_like(expected.sum()))[0], expected)
     torch.testing.assert_close(torch.func.jvp(f, (x,), (x,))[1], (expected * x).sum())
     torch.testing.assert_close(torch.func.vmap(f)(torch.stack((x, 2 * x))), torch.stack((f(x), f(2 * x))))
     per_sample = torch.func.vmap(torch.func.grad(f))(torch.stack((2 * x, x)))
@@ -278,7 +286,7 @@ def test_meta_and_fake_tensors() -> None:
 def test_autocast_casts_as_sdpa_and_sums_in_float32() -> None:
     q, k, v = (x.float() for x in inputs(1, 20, 2, 2, 8, 8))
     low = [x.bfloat16() for x in (q, k, v)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         mixed, state = block_linear_attention(low[0], k, v, chunk_lens=5, output_final_state=True)
     assert mixed.dtype == torch.bfloat16
     expected, expected_state = block_linear_attention(*low, chunk_lens=5, output_final_state=True)
@@ -288,7 +296,10 @@ def test_autocast_casts_as_sdpa_and_sums_in_float32() -> None:
 
 def test_per_key_head_options_count_for_their_group() -> None:
     q, k, v = inputs(1, 9, 4, 2, 4, 4)
-    gate, decay = randn(1, 9, 2, dtype=torch.float64).sigmoid(), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    gate, decay = (
+        randn(1, 9, 2, dtype=torch.float64).sigmoid(),
+        torch.tensor([0.3, 0.9], dtype=torch.float64, device=DEVICE),
+    )
     few = block_linear_attention(q, k, v, chunk_lens=3, key_gate=gate, decay=decay)
     many = block_linear_attention(
         q, k, v, chunk_lens=3, key_gate=gate.repeat_interleave(2, 2), decay=decay.repeat_interleave(2)
@@ -348,6 +359,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.cpu_only("arguments are refused before their device matters")
 @pytest.mark.parametrize(
     ("changed", "error", "message"), REFUSED, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
 )
@@ -358,10 +370,10 @@ def test_refuses(changed: dict[str, object], error: type[Exception], message: st
 
 
 def test_odd_head_dim_only_refuses_rope() -> None:
-    x = torch.ones(1, 4, 1, 5)
+    x = torch.ones(1, 4, 1, 5, device=DEVICE)
     torch.testing.assert_close(block_linear_attention(x, x, x), x)
     with pytest.raises(ValueError, match="even head dim, got D = 5"):
-        block_linear_attention(x, x, x, rope=(torch.ones(4, 5), torch.ones(4, 5)))
+        block_linear_attention(x, x, x, rope=(x[0, :, 0], x[0, :, 0]))
 
 
 def test_use_impl_reaches_it() -> None:
@@ -371,11 +383,23 @@ def test_use_impl_reaches_it() -> None:
     assert math.isfinite(out.sum())
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_nan_stays_one(impl: str) -> None:
     """The one that GPUs make, all bits set but the sign, too: rounding it by integers would carry into the sign."""
     q, k, v = (randn(1, 20, 1, 16, seed=i).abs() for i in range(3))
-    v[0, 3, 0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    v[0, 3, 0, 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32, device=DEVICE).view(torch.float32)
     out = hhattn.block_linear_attention(q, k, v, chunk_lens=10, impl=impl)
     assert out[:, :, :, 5].isnan().all()
     assert out[:, :, :, :5].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_second_derivatives_are_right_or_refused(impl: str) -> None:
+    q, k, v = (x.float().requires_grad_() for x in inputs(1, 6, 1, 1, 4, 4))
+    first = torch.autograd.grad(block_linear_attention(q, k, v, impl=impl).square().sum(), (q, k, v), create_graph=True)
+    penalty = sum(g.square().sum() for g in first)
+    if impl == "reference":
+        assert torch.autograd.grad(penalty, q)[0].isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match=r'block_linear_attention: .* no derivative; impl="reference" has all'):
+            torch.autograd.grad(penalty, q)

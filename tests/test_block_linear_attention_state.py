@@ -11,7 +11,10 @@ from linear_oracle import inputs, tables
 
 from hhattn import LinearAttentionState, block_linear_attention
 
+pytestmark = pytest.mark.any_device
 
+
+@pytest.mark.usefixtures("impl")
 @settings(max_examples=30, deadline=None)
 @given(lens=st.lists(st.integers(1, 9), min_size=2, max_size=6), cut=st.integers(1, 5), decayed=st.booleans())
 def test_streaming_equals_chunk_parallel(lens: list[int], cut: int, decayed: bool) -> None:
@@ -84,6 +87,7 @@ def test_the_state_holds_nothing_but_itself() -> None:
             assert x.is_contiguous()
 
 
+@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("chunk_lens", [None, 4, []], ids=str)
 def test_no_tokens_leave_the_state(chunk_lens: int | list[int] | None) -> None:
     q, k, v = (x.float() for x in inputs(2, 0, 3, 3, 6, 5))

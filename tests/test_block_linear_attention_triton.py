@@ -1,17 +1,24 @@
-"""The Triton kernels of block_linear_attention in Triton's interpreter: every map and option, and chunks of pieces."""
+"""The Triton kernels of block_linear_attention in Triton's interpreter or on a GPU: every map and option, and chunks of
+pieces."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DEVICE
 from linear_oracle import EVERY, compare, inputs, options, to
 
 from hhattn import block_linear_attention
 from hhattn.ops import _triton
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not _triton.interpreted(), reason="needs Triton's interpreter: TRITON_INTERPRET=1")
-DTYPES = [torch.float32, torch.float16]  # the interpreter is wrong on bfloat16
+pytestmark = [
+    pytest.mark.any_device,
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not _triton.interpreted(), reason="needs Triton's interpreter, TRITON_INTERPRET=1, or a GPU"
+    ),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16][: 2 + (DEVICE != "cpu")]  # the interpreter is wrong on the last
 
 
 @pytest.fixture
@@ -65,7 +72,7 @@ def test_equal_lengths_need_no_list() -> None:
 
 def test_large_sums_of_float16_stay_in_range() -> None:
     """The state is beyond float16's largest number, and what is divided by it below its least."""
-    k = torch.full((1, 64, 1, 16), 100.0, dtype=torch.float16)
+    k = torch.full((1, 64, 1, 16), 100.0, dtype=torch.float16, device=DEVICE)
     q, k, v = (x.clone().requires_grad_() for x in (k, k, k))
     out, state = block_linear_attention(q, k, v, output_final_state=True, impl="triton")
     assert state.kv.min() == 64 * 100.0**2 > torch.finfo(torch.float16).max

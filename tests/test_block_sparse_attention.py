@@ -6,29 +6,23 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMPLS
-from helpers import assert_close_to_fp64, randn, strided
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import hhattn
-from hhattn import BlockMask, _ext, masks
+from hhattn import BlockMask, masks
 
-needs_native = pytest.mark.skipif(_ext.why_missing() is not None, reason=_ext.why_missing() or "")
+pytestmark = pytest.mark.any_device
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(params=["automatic", "triton"])
-def impl(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The implementation that is chosen for CPU tensors, or Triton's kernels in the interpreter."""
-    with hhattn.use_impl(None if request.param == "automatic" else request.param):
-        yield request.param
 
 
 def dense_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -43,7 +37,14 @@ def dense_formula(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float | 
 
 
 def random_keep(*shape: int, share: float = 0.3, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE) < share
+
+
+def on_device(make: Callable[[], BlockMask]) -> BlockMask:
+    """A mask that its builder makes on the CPU."""
+    with torch.device("cpu"):
+        mask = make()
+    return mask.to(DEVICE)
 
 
 def compare_with_formula(
@@ -121,7 +122,9 @@ def test_blocks_of_any_size(block_size: tuple[int, int], tokens: tuple[int, int]
 @pytest.mark.usefixtures("impl")
 def test_equals_sdpa_with_a_dense_mask() -> None:
     q, k, v = (randn(2, 90, 3, 32, seed=i) for i in range(3))
-    mask = BlockMask.from_blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), block_size=(64, 64), q_len=90, k_len=90)
+    mask = BlockMask.from_blocks(
+        torch.ones(1, 1, 2, 2, dtype=torch.bool, device=DEVICE), block_size=(64, 64), q_len=90, k_len=90
+    )
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(hhattn.block_sparse_attention(q, k, v, mask), expected, rtol=1e-5, atol=1e-6)
 
@@ -193,8 +196,8 @@ def test_what_one_query_must_not_see_another_may(poison: float) -> None:
     grads = torch.autograd.grad(hhattn.block_sparse_attention(*leaves, mask), leaves, upstream)
     upstream[:, 7] = poison
     poisoned = torch.autograd.grad(hhattn.block_sparse_attention(*leaves, mask), leaves, upstream)
-    attended = keep[0, 0, 7]
-    torch.testing.assert_close(poisoned[0][:, torch.arange(40) != 7], grads[0][:, torch.arange(40) != 7])
+    attended, others = keep[0, 0, 7], torch.arange(40, device=DEVICE) != 7
+    torch.testing.assert_close(poisoned[0][:, others], grads[0][:, others])
     for ours, without in zip(poisoned[1:], grads[1:], strict=True):
         torch.testing.assert_close(ours[:, ~attended], without[:, ~attended])
         assert not ours[:, attended].isfinite().any()
@@ -212,7 +215,8 @@ def test_equals_flex_attention() -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
     layout = hhattn.VideoLayout(3, 5, 7, tile=(1, 2, 3))
-    mask = masks.sliding_tile(layout, (3, 1, 2), block_size=(32, 16)) | masks.sink(layout, 1, block_size=(32, 16))
+    how = {"block_size": (32, 16)}
+    mask = on_device(lambda: masks.sliding_tile(layout, (3, 1, 2), **how) | masks.sink(layout, 1, **how))
     q, k, v = (randn(1, layout.seq_len, 2, 16, seed=i) for i in range(3))
     expected = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask.to_flex())
     assert isinstance(expected, Tensor)
@@ -243,8 +247,10 @@ def test_a_scale_may_be_negative_or_zero(scale: float) -> None:
 
 def test_order_is_converted() -> None:
     layout = hhattn.VideoLayout(3, 7, 9, tile=(1, 4, 4))
-    raster = masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16))
-    tiles = masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16), order="tile")
+    raster, tiles = (
+        on_device(lambda order=order: masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16), order=order))
+        for order in ("raster", "tile")
+    )
     q, k, v = (randn(1, layout.seq_len, 2, 16, seed=i) for i in range(3))
     expected = hhattn.block_sparse_attention(q, k, v, raster)
     torch.testing.assert_close(hhattn.block_sparse_attention(q, k, v, tiles, order="raster"), expected)
@@ -252,6 +258,7 @@ def test_order_is_converted() -> None:
     torch.testing.assert_close(layout.from_tiles(moved), expected)
 
 
+@pytest.mark.cpu_only("threads are the CPU's")
 @pytest.mark.parametrize("d", [16, 12])
 def test_the_same_bits_on_any_number_of_threads(d: int) -> None:
     mask = BlockMask.from_dense(random_keep(1, 1, 400, 400), block_size=(16, 16))
@@ -278,7 +285,7 @@ def test_compiles_as_one_graph_and_under_autocast() -> None:
     expected = torch.autograd.grad(f(*leaves), leaves)
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert hhattn.block_sparse_attention(*leaves, mask).dtype == torch.bfloat16
 
 
@@ -294,6 +301,33 @@ def test_derivatives_without_a_rule_are_refused() -> None:
         with pytest.raises(RuntimeError, match=r"block_sparse_attention: .* no rule for torch\.func"):
             take()
     assert torch.func.vmap(run)(torch.stack((q, 2 * q))).shape == (2,)
+
+
+@pytest.mark.usefixtures("impl")
+def test_gradients_of_some_inputs_alone() -> None:
+    """The same bits as together with the others."""
+    mask = BlockMask.from_dense(random_keep(1, 1, 20, 30), block_size=(8, 16))
+    q, k, v = (randn(1, n, 2, 8, seed=i) for i, n in enumerate((20, 30, 30)))
+
+    def gradients(*wanted: bool) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(want) for x, want in zip((q, k, v), wanted, strict=True)]
+        out = hhattn.block_sparse_attention(*leaves, mask)
+        return list(torch.autograd.grad(out.square().sum(), [x for x in leaves if x.requires_grad]))
+
+    dq, dk, dv = gradients(True, True, True)
+    for wanted, expected in (((1, 0, 0), [dq]), ((0, 1, 0), [dk]), ((0, 0, 1), [dv]), ((1, 0, 1), [dq, dv])):
+        for ours, value in zip(gradients(*map(bool, wanted)), expected, strict=True):
+            torch.testing.assert_close(ours, value, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("impl")
+def test_a_second_derivative_is_refused() -> None:
+    """A graph may be made of the gradient, which is then a constant of it, but not differentiated as if it were."""
+    mask = BlockMask.from_dense(random_keep(1, 1, 8, 8), block_size=(4, 4))
+    q = randn(1, 8, 1, 4).requires_grad_()
+    (first,) = torch.autograd.grad(hhattn.block_sparse_attention(q, q, q, mask).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="block_sparse_attention: a gradient made with create_graph=True is"):
+        torch.autograd.grad(first.square().sum(), q)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -330,6 +364,7 @@ def test_any_shape_and_mask(sq: int, sk: int, bq: int, bk: int, share: float, se
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu_only("arguments are refused before their device matters")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -342,8 +377,9 @@ def test_any_shape_and_mask(sq: int, sk: int, bq: int, bk: int, share: float, se
     ],
 )
 def test_refusals_name_the_argument(change: dict[str, object], words: str) -> None:
-    arguments = {name: torch.zeros(1, 8, 2, 4) for name in ("q", "k", "v")}
-    call = arguments | {"mask": BlockMask.from_dense(torch.ones(1, 1, 8, 8, dtype=torch.bool), block_size=(8, 8))}
+    arguments = {name: torch.zeros(1, 8, 2, 4, device=DEVICE) for name in ("q", "k", "v")}
+    keep = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=DEVICE)
+    call = arguments | {"mask": BlockMask.from_dense(keep, block_size=(8, 8))}
     with pytest.raises((ValueError, TypeError, RuntimeError), match=words):
         hhattn.block_sparse_attention(**(call | change))
 
@@ -366,6 +402,7 @@ print(*run(int(sys.argv[1])))
 """
 
 
+@pytest.mark.cpu_only("a process's peak is the CPU's memory")
 @pytest.mark.parametrize("frames", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_long_clip_never_makes_sq_by_sk(frames: int) -> None:
     """Forward and backward in a process of their own, whose peak tells. Scores of 16 frames would take 867 MB."""

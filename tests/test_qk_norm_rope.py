@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMPLS, NATIVE_ISAS
-from helpers import assert_close_to_fp64, randn, strided
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import hhattn
 from hhattn.reference.qk_norm_rope import qk_norm_rope as reference
+
+pytestmark = pytest.mark.any_device
 
 needs_native = pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
 FP32 = torch.float32
@@ -29,7 +31,7 @@ def arguments(
     kv_heads: int = 3,
     dim: int = 10,
     dtype: torch.dtype = FP32,
-    device: str = "cpu",
+    device: str = DEVICE,
     across_heads: bool = False,
     affine: bool = True,
 ) -> dict[str, Any]:
@@ -122,11 +124,6 @@ def test_rotations_and_text(impl: str, rotate: str, text_first: bool, dtype: tor
     check(arguments(dtype=dtype, affine=False), impl, norm=None, rotate=rotate)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu(dtype: torch.dtype) -> None:
-    check(arguments(dtype=dtype, text=4, device="cuda"), None)
-
-
 @pytest.mark.parametrize("rotate", ["interleaved", "half"])
 def test_each_instruction_set(isa: str, rotate: str, dtype: torch.dtype) -> None:
     for dim in (2, 6, 40, 64, 112):
@@ -181,7 +178,7 @@ def test_empty_and_single(impl: str, shape: dict[str, int]) -> None:
 def test_reference_is_a_complex_product() -> None:
     """The rotation by independent means: neighbours as complex numbers, multiplied by e^(i·angle)."""
     q, k = randn(1, 24, 2, 12), randn(1, 24, 2, 12)
-    cos, sin = hhattn.rope_3d((2, 3, 4), 12)
+    cos, sin = hhattn.rope_3d((2, 3, 4), 12, device=DEVICE)
     angle = torch.complex(cos[:, ::2], sin[:, ::2])[None, :, None]
     for a, b in zip(hhattn.qk_norm_rope(q, k, cos, sin, norm=None, impl="reference"), (q, k), strict=True):
         turned = torch.view_as_complex(b.unflatten(-1, (-1, 2))) * angle
@@ -196,7 +193,7 @@ def test_scores_depend_on_distance_alone(impl: str, rotate: str, shift: int, dim
     q, k = randn(1, 12, 1, 2 * dim, seed=1), randn(1, 12, 1, 2 * dim, seed=2)
     scores = []
     for offset in ((0, 0, 0), (shift, 0.5, -shift)):
-        tables = hhattn.rope_3d((3, 2, 2), 2 * dim, offset=offset, rotate=rotate)
+        tables = hhattn.rope_3d((3, 2, 2), 2 * dim, offset=offset, rotate=rotate, device=DEVICE)
         a, b = hhattn.qk_norm_rope(q, k, *tables, rotate=rotate, impl=impl)
         scores.append(torch.einsum("bshd,bthd->bhst", a, b))
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
@@ -240,7 +237,7 @@ def test_native_gradients_without_a_norm_or_a_rotation() -> None:
 
 def test_reference_gradcheck() -> None:
     args = arguments(1, 3, 1, heads=2, kv_heads=1, dim=4)
-    order = torch.tensor([2, 0, 3, 1])
+    order = torch.tensor([2, 0, 3, 1], device=DEVICE)
     tensors = [args[n].double() if n[0] in "qk" else args[n].double()[None, :, None] for n in TENSORS]
     leaves = [t.requires_grad_() for t in tensors]
     for norm in ("rms", "layer"):
@@ -280,7 +277,7 @@ def test_opcheck() -> None:
     cos, sin = (args[n][None, :, None].requires_grad_() for n in ("cos", "sin"))
     q, k, *affine = (args[n].requires_grad_() for n in TENSORS if n not in ("cos", "sin"))
     op = torch.ops.hhattn.qk_norm_rope.default
-    torch.library.opcheck(op, (q, k, cos, sin, *affine, 2, False, True, 1e-6, 3, torch.randperm(14)))
+    torch.library.opcheck(op, (q, k, cos, sin, *affine, 2, False, True, 1e-6, 3, torch.randperm(14, device=DEVICE)))
     torch.library.opcheck(op, (q, k, None, None, None, None, None, None, 0, False, True, 1e-6, 0, None))
 
 
@@ -294,7 +291,7 @@ def test_native_op_refuses_what_would_read_out_of_bounds() -> None:
         (q, k, cos, cos[..., :4], *none, 1, False, True, 1e-6, 0, None),
         (q, k, cos, cos, *none, 1, False, True, 1e-6, 1, None),
         (q, k[:, :3], None, None, *none, 1, False, True, 1e-6, 0, None),
-        (q, k, None, None, *none, 1, False, True, 1e-6, 0, torch.arange(3)),
+        (q, k, None, None, *none, 1, False, True, 1e-6, 0, torch.arange(3, device=DEVICE)),
         (q, k, None, None, cos[0, 0, 0, :3], None, None, None, 1, False, True, 1e-6, 0, None),
     ):
         with pytest.raises(RuntimeError):
@@ -305,7 +302,7 @@ def test_native_op_refuses_what_would_read_out_of_bounds() -> None:
 def test_autocast_changes_nothing(impl: str) -> None:
     args = arguments()
     expected = hhattn.qk_norm_rope(**args, impl=impl)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         torch.testing.assert_close(hhattn.qk_norm_rope(**args, impl=impl), expected, rtol=0, atol=0)
 
 
@@ -338,6 +335,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+@pytest.mark.cpu_only("arguments are refused before their device matters")
 @pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m[:24] for _, _, m in BAD])
 def test_refusals(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -49,7 +49,8 @@ def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     n = len(rows)
     words = torch.nn.functional.pad(rows.flatten(1), (0, -rows.flatten(1).shape[1] % 8)).contiguous().view(torch.int64)
     generator = torch.Generator().manual_seed(0x5EED)
-    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator).to(rows.device) * 2 + 1
+    factors = torch.randint(-(2**62), 2**62, (words.shape[1],), generator=generator, device="cpu")
+    factors = factors.to(rows.device) * 2 + 1
     mixed = (words ^ (words >> 29)) * factors
     distinct, inverse = torch.unique((mixed ^ (mixed >> 32)).sum(-1), return_inverse=True)
     first = _first(inverse, len(distinct), n)

@@ -203,7 +203,7 @@ def _mask(x: Tensor, chunk: _Chunk, value: float) -> None:
     words = x.view(chunk.kept.dtype).unflatten(2, (-1, bq))[..., :m]
     words.bitwise_and_(chunk.kept[:, None])
     if value != 0:
-        word = torch.tensor(value, dtype=x.dtype).view(chunk.kept.dtype).item()
+        word = torch.tensor(value, dtype=x.dtype, device="cpu").view(chunk.kept.dtype).item()
         words.bitwise_or_((~chunk.kept & word)[:, None])
 
 
