@@ -17,6 +17,7 @@ every clip.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -52,18 +53,29 @@ def chunks_of(x: Tensor, length: int, listed: list[int]) -> Chunks:
         last = tokens - (count - 1) * length
         pieces = (count - 1) * triton.cdiv(length, PIECE) + triton.cdiv(last, PIECE)
         return Chunks(count, pieces, length, PIECE, None, None)
+    make, stream = _tables, None
+    if x.is_cuda:  # kept for the stream that they are copied on; not from a graph, whose copy comes when it is replayed
+        stream = torch.cuda.current_stream(x.device)
+        make = _tables.__wrapped__ if torch.cuda.is_current_stream_capturing() else _tables
+    table, firsts = make(tuple(listed), PIECE, x.device, stream)
+    return Chunks(len(listed), len(table), 0, PIECE, table, firsts)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(listed: tuple[int, ...], piece: int, device: torch.device, stream: object) -> tuple[Tensor, Tensor]:
+    """``table`` and ``firsts`` of :class:`Chunks`, kept: every layer and step has the same chunks."""
     rows, firsts, begin = [], [0], 0
     for chunk, n in enumerate(listed):
-        rows += [(chunk, at, min(at + PIECE, begin + n)) for at in range(begin, begin + n, PIECE)]
+        rows += [(chunk, at, min(at + piece, begin + n)) for at in range(begin, begin + n, piece)]
         firsts.append(len(rows))
         begin += n
-    return Chunks(len(listed), len(rows), 0, PIECE, _on_device(rows, x.device), _on_device(firsts, x.device))
+    return _on_device(rows, device), _on_device(firsts, device)
 
 
 def _on_device(numbers: list[int] | list[tuple[int, ...]], device: torch.device) -> Tensor:
     """Host integers as a tensor, without waiting for the device."""
     pinned = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
 
 
 class Tiles(NamedTuple):

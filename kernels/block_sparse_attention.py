@@ -142,9 +142,11 @@ def block_sparse_attention(
     tiles: Tensor,
     bk: int,
     scale: float,
+    *columns: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, H, Dv] and lse [B, H, Sq] (float32); shapes and meaning as in :func:`hhattn.block_sparse_attention`,
-    the mask as the tensors of a :class:`hhattn.BlockMask`, contiguous; last dims of q, k, v contiguous."""
+    the mask as the tensors of a :class:`hhattn.BlockMask`, contiguous; last dims of q, k, v contiguous. ``columns`` are
+    for the backward."""
     batch, q_len, heads, _ = q.shape
     out = q.new_empty(batch, q_len, heads, v.shape[3])
     lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)

@@ -265,12 +265,20 @@ def block_sparse_attention_backward(
     tiles: Tensor,
     bk: int,
     scale: float,
+    offsets: Tensor | None = None,
+    indices: Tensor | None = None,
+    places: Tensor | None = None,
+    full_offsets: Tensor | None = None,
+    full_indices: Tensor | None = None,
+    to_q: bool = True,
+    to_kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in q, k and v, contiguous, in their dtypes; ``out`` and ``lse`` as the forward made them, the last
-    dim of ``dout`` contiguous."""
+    dim of ``dout`` contiguous. The lists by key block are made here unless they are given; unless ``to_q`` the gradient
+    in q is empty and not computed, unless ``to_kv`` those in k and v."""
     batch, q_len, heads, _ = q.shape
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    if not dq.numel():
+    dq, dk, dv = (x.new_empty(x.shape if to else 0) for x, to in ((q, to_q), (k, to_kv), (v, to_kv)))
+    if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     delta, log2 = torch.empty_like(lse), torch.empty_like(lse)
     _delta[(batch * triton.cdiv(q_len, ROWS), heads)](
@@ -286,7 +294,7 @@ def block_sparse_attention_backward(
     options = tile_options("dq", q, v, bq, bk)
     grid = (batch * nq * triton.cdiv(bq, options["BLOCK_M"]), heads)
     marks = q.new_empty(grid, dtype=torch.int32)
-    for exact in some_partial:
+    for exact in some_partial if to_q else ():
         _dq[grid](
             dout, q, k, v, log2, delta, dq, marks, kv_num_blocks, kv_indices, kv_tiles, full_kv_num_blocks,
             full_kv_indices, tiles, *strides, q_len, k.shape[1], nq, nq * mask_heads if masks > 1 else 0,
@@ -294,15 +302,16 @@ def block_sparse_attention_backward(
         )  # fmt: skip
 
     nk = triton.cdiv(k.shape[1], bk)
-    offsets, indices, places = by_column(kv_num_blocks, kv_indices, nk, kv_tiles)
-    full_offsets, full_indices, _ = by_column(full_kv_num_blocks, full_kv_indices, nk, full_kv_indices)
+    if to_kv and offsets is None:
+        offsets, indices, places = by_column(kv_num_blocks, kv_indices, nk, kv_tiles)
+        full_offsets, full_indices, _ = by_column(full_kv_num_blocks, full_kv_indices, nk, full_kv_indices)
     options = tile_options("dkv", q, v, bq, bk)
     grid = (batch * nk * triton.cdiv(bk, options["BLOCK_N"]), kv_heads)
     marks = q.new_empty(grid, dtype=torch.int32)
-    for exact in some_partial:
+    for exact in some_partial if to_kv else ():
         _dkv[grid](
             dout, q, k, v, log2, delta, dk, dv, marks, offsets, indices, places, full_offsets, full_indices, tiles,
             *strides, q_len, k.shape[1], nk, mask_heads if masks > 1 else 0, 1 if mask_heads > 1 else 0,
             nq * width, nq * full_width, heads, heads // kv_heads, scale, **options, EXACT=exact,
         )  # fmt: skip
-    return dq if sign > 0 else dq * sign, dk, dv
+    return dq if sign > 0 else dq.mul_(sign), dk, dv

@@ -6,8 +6,11 @@ A map is a number, as the operators take it: 0 relu, 1 identity, 2 elu + 1, 3 sq
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+AMD = tl.constexpr(torch.version.hip is not None)
 
 
 @triton.jit
@@ -76,7 +79,8 @@ def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
     One of ``parts`` will do where a has like's bits anyway. Else 2 or 3 of bfloat16 hold 16 or all 24 bits of it, and 2
     of TF32, for other inputs, 22. ``b`` has like's bits, or is float32 and goes in as two parts. Parts of float16 are
     TF32: sums of many tokens, and what is divided by such a sum, leave float16's range. float32 in three products of
-    TF32 is as good as in its own but for an ulp or two, and there are no tensor cores for it.
+    TF32 is as good as in its own but for an ulp or two, and there are no tensor cores for it. AMD has such, and no
+    TF32.
     """
     if parts == 1:
         total = tl.dot(a.to(like), b.to(like), total)
@@ -91,6 +95,8 @@ def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
         total = tl.dot(low, b, total)
         if parts == 3:
             total = tl.dot((rest - low.to(tl.float32)).to(like), b, total)
+    elif AMD:
+        total = tl.dot(a, b.to(tl.float32), total, input_precision="ieee")
     else:
         high, b_high = _tf32(a), _tf32(b)
         if b.dtype == tl.float32:

@@ -147,8 +147,9 @@ def _table(t: Tensor | None) -> tuple[int, int, int]:
 
 
 def _warps(how: dict[str, Any], most: int) -> int:
-    """8 elements a thread."""
-    return min(most, max(1, how["HEADS"] * how["PAIRS"] // 128))
+    """8 elements a thread; a block has 1,024 threads at most, of which AMD's warps have 64."""
+    lanes = 32 if torch.version.hip is None else 64
+    return min(most, 1024 // lanes, max(1, how["HEADS"] * how["PAIRS"] // (4 * lanes)))
 
 
 def qk_norm_rope(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hhattn import _ext
 from hhattn.ops import _triton
+from hhattn.ops._second import no_second_derivative
 
 OP = "block_linear_attention"
 
@@ -86,3 +87,4 @@ for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :
     for _name, _rule, _save in (("sums", _sums_gradients, _save_sums), ("outputs", _outputs_gradients, _save_outputs)):
         _gradient = partial(_rule, _namespace)
         torch.library.register_autograd(f"{_namespace}::block_linear_{_name}", _gradient, setup_context=_save)
+        no_second_derivative(OP, f"{_namespace}::block_linear_{_name}_backward", 'impl="reference" has all of them')

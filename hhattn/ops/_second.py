@@ -1,4 +1,4 @@
-"""Second derivatives of ops whose native gradient has none of its own."""
+"""Second derivatives of ops whose kernels' gradient has none of its own: by the formula, or refused."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def differentiable_gradient(
     wanted = [arg for arg, need in zip(args, needed, strict=True) if need]
     found = iter(torch.autograd.grad(used, wanted, upstream, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
+
+
+def no_second_derivative(op: str, operator: str, instead: str = "") -> None:
+    """Make ``operator``, a gradient of ``op``, refuse to be differentiated, where torch would only warn. ``instead``:
+    what the error offers."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"hhattn.{op}: a gradient made with create_graph=True is differentiated, and {operator} has no derivative"
+            + (instead and f"; {instead}")
+        )
+
+    torch.library.register_autograd(operator, refuse)

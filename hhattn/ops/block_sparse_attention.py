@@ -15,6 +15,7 @@ from hhattn import _dispatch, _ext
 from hhattn.layout import Order, check_order
 from hhattn.masks.block_mask import BlockMask
 from hhattn.ops import _amp, _triton
+from hhattn.ops._second import no_second_derivative
 from hhattn.reference import block_sparse_attention as _reference
 from hhattn.reference.block_sparse_attention import Lists
 
@@ -205,9 +206,18 @@ def _fake_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _fake_triton_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_q, to_kv = (*rest[15:], True, True)[:2]  # what has its default isn't passed
+    dq, dk, dv = (x.new_empty(x.shape if to else 0) for x, to in ((q, to_q), (k, to_kv), (v, to_kv)))
+    return dq, dk, dv
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.bk, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.bk, ctx.scale = inputs[9:11]
+    ctx.rest = len(inputs) - 3
+    ctx.save_for_backward(*inputs[:9], *output, *inputs[11:])
 
 
 def _complete(name: str, namespace: str = "hhattn") -> None:
@@ -215,28 +225,36 @@ def _complete(name: str, namespace: str = "hhattn") -> None:
     ``namespace::name_backward``."""
 
     def gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *lists, out, lse = ctx.saved_tensors
+        q, k, v, *lists, out, lse = ctx.saved_tensors[:11]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
+        wanted = ctx.needs_input_grad[:3]
+        how = (*ctx.saved_tensors[11:], wanted[0], any(wanted[1:])) if namespace == _triton.NAMESPACE else ()
         backward = getattr(getattr(torch.ops, namespace), f"{name}_backward")
-        return (*backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale), *(None for _ in lists), None, None)
+        found = backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale, *how)
+        return *(x if want else None for x, want in zip(found, wanted, strict=True)), *[None] * ctx.rest
 
     if namespace == "hhattn":
         torch.library.register_fake(f"{namespace}::{name}", _fake_forward)
         torch.library.register_fake(f"{namespace}::{name}_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::{name}", gradients, setup_context=_save)
+    no_second_derivative(OP, f"{namespace}::{name}_backward")
 
 
 _MASK_ARGS = (
     "Tensor kv_num_blocks, Tensor kv_indices, Tensor kv_tiles, Tensor full_kv_num_blocks, Tensor full_kv_indices, "
     "Tensor tiles, int bk, float scale"
 )
-_triton.define(OP, OP, f"(Tensor q, Tensor k, Tensor v, {_MASK_ARGS}) -> (Tensor, Tensor)", _fake_forward)
+# The lists by key block, if they are there already, in the order of QLists.
+_COLUMNS = ", ".join(
+    f"Tensor? {name}=None" for name in ("offsets", "indices", "places", "full_offsets", "full_indices")
+)
+_triton.define(OP, OP, f"(Tensor q, Tensor k, Tensor v, {_MASK_ARGS}, {_COLUMNS}) -> (Tensor, Tensor)", _fake_forward)
 _triton.define(
     OP,
     f"{OP}_backward",
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK_ARGS}) -> (Tensor, Tensor, Tensor)",
-    _fake_backward,
+    f"{_MASK_ARGS}, {_COLUMNS}, bool to_q=True, bool to_kv=True) -> (Tensor, Tensor, Tensor)",
+    _fake_triton_backward,
 )
 
 _complete("block_sparse_attention_reference")
@@ -285,8 +303,12 @@ def triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
 
 def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """``namespace``'s operator."""
+    columns: tuple[Tensor, ...] = ()
+    trained = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    if namespace == _triton.NAMESPACE and trained and not torch.compiler.is_compiling():
+        columns = mask.q_lists()  # sorted once a mask; where it is traced, by the gradient itself
     operator = getattr(torch.ops, namespace).block_sparse_attention
-    return operator(q, k, v, *lists_of(mask), mask.block_size[1], scale)
+    return operator(q, k, v, *lists_of(mask), mask.block_size[1], scale, *columns)
 
 
 _dispatch.register(OP, "cpp", cpp_can_run)(partial(run, "hhattn"))
