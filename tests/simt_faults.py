@@ -111,6 +111,11 @@ FAULTS = [
           r"^\s*wgmma\.wait_group\.sync\.aligned 0;$", ""),
     Fault("registers handed to wgmma without a fence", "sparse-sm90", "wgmma-no-fence", "",
           r"^\s*wgmma\.fence\.sync\.aligned;$", ""),
+    Fault("operand in registers overwritten in flight", "sparse-sm90", "async-source", "",
+          r"^(\s*wgmma\.mma_async\S+ \{[^}]*\}, \{ ?(%r\d+),[^;]*;)", r"\1\nmov.b32 \2, 0;"),
+    Fault("a row of the outputs never written", "sparse", NUMBERS, SPARSE,
+          "mask=(m[:, None] < limit) & (dv[None, :] < V_DIM))\n    log",
+          "mask=(m[:, None] < limit - 1) & (dv[None, :] < V_DIM))\n    log"),
 ]  # fmt: skip
 
 # modules of an op's kernels, each after those that it imports

@@ -21,6 +21,7 @@ FAULTS = {
     "written_after_arrival": ("race",),
     "half_a_warp_meets": ("race",),
     "one_lane_waits": ("race",),
+    "one_lane_arrives": ("race", "uninitialized"),
     "halves": ("race",),
     "halves_of_evens": ("race",),
     "halves_in_place": ("race",),
@@ -61,6 +62,7 @@ FAULTS = {
     "wgmma_no_proxy_fence": ("no-proxy-fence",),
     "wgmma_operand_reused": ("async-source", "race", "no-proxy-fence"),
     "wgmma_left_in_flight": ("async-not-waited",),
+    "wgmma_source_overwritten": ("async-source",),
 }
 
 # races that a schedule may hide behind another fault, which ends the launch

@@ -30,3 +30,18 @@ def test_a_store_beyond_the_output_is_reported_though_a_neighbour_lies_there() -
         if not found:
             y = y[0] if isinstance(y, tuple) else y
             torch.testing.assert_close(y, torch.ones_like(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_launch_that_is_not_what_its_ptx_takes_is_refused() -> None:
+    x = torch.ones(1, 4, 64)
+
+    def narrower(kernel: str, ptx: str) -> str:
+        return ptx.replace(".param .u64 _forward", ".param .u32 _forward", 1)
+
+    def fewer(kernel: str, ptx: str) -> str:
+        head, _, tail = ptx.partition("\n)\n")
+        return head.rpartition(",")[0] + "\n)\n" + tail
+
+    for rewrite, words in ((narrower, "takes x_batch as u32, the launch gives u64"), (fewer, "parameters, the launch")):
+        with simt.emulate(rewrite=rewrite), pytest.raises(ValueError, match=words):
+            hhattn.norm_modulate(x, impl="triton")

@@ -73,18 +73,30 @@ static MBarrier &find(uint32_t bar, const char *what, Site site) {
   return it->second;
 }
 
-static void release(MBarrier &m) {  // what the running thread did is seen by those who see the phase complete
-  join(m.seen, machine.warp->seen);
-  if (!machine.warp->lane_seen.empty()) join(m.seen, machine.warp->lane_seen[machine.fiber->thread.lane]);
-  join(m.fenced, machine.warp->fenced);
-  m.seen[machine.fiber->thread.warp] = std::max(m.seen[machine.fiber->thread.warp], machine.warp->clock);
+static void publish(MBarrier &m, unsigned thread, uint32_t clock) {
+  if (m.threads.empty()) m.threads.resize(machine.threads);
+  m.threads[thread] = std::max(m.threads[thread], clock);
+}
+
+// What the running thread did and saw is seen by those who see the phase complete; what other lanes of its warp did, only if it
+// has met them since.
+static void release(MBarrier &m) {
+  const Warp &w = *machine.warp;
+  const Thread &me = machine.fiber->thread;
+  join(m.seen, w.seen);
+  if (!w.lane_seen.empty()) join(m.seen, w.lane_seen[me.lane]);
+  if (!w.lane_knows.empty()) join(m.threads, w.lane_knows[me.lane]);
+  for (unsigned lane = 0; !w.lane_met.empty() && lane < WARP && me.warp * WARP + lane < machine.threads; lane++)
+    publish(m, me.warp * WARP + lane, w.lane_met[me.lane][lane]);
+  publish(m, machine.fiber->index, w.clock);
+  join(m.fenced, w.fenced);
 }
 
 static void complete_phase(MBarrier &m) {
   if (m.pending || m.tx) return;
   for (const Copy &copy : m.landing) land(copy, true);
   if (!m.landing.empty()) {
-    m.seen[machine.fiber->thread.warp] = machine.warp->clock++;
+    publish(m, machine.fiber->index, machine.warp->clock++);
     m.landing.clear();
   }
   m.pending = m.count;
@@ -159,7 +171,12 @@ bool mbarrier_test(uint32_t bar, unsigned parity, Site site) {
     return false;
   }
   acquire(m.seen);
-  join(machine.warp->fenced, m.fenced);
+  Warp &w = *machine.warp;
+  if (!m.threads.empty()) {
+    w.lane_knows.resize(WARP);
+    join(w.lane_knows[machine.fiber->thread.lane], m.threads);
+  }
+  join(w.fenced, m.fenced);
   return true;
 }
 

@@ -62,6 +62,7 @@ struct Accumulator {  // one lane's D while wgmmas into it are in flight
 };
 struct WgmmaGroup {
   std::vector<std::pair<unsigned, uint32_t *>> accumulators;  // lane, first register
+  std::vector<std::pair<unsigned, const uint32_t *>> sources;  // lane, register of A: nobody may write it
   std::vector<uint32_t> operands;                             // cells held: nobody may write them
 };
 
@@ -95,7 +96,9 @@ struct Warp {
   // What some lanes see beyond `seen`, empty if none does: by [lane][warp], who waited for an mbarrier; by [lane][other lane of this
   // warp], who met in a __syncwarp of a part of the warp.
   std::vector<Clocks> lane_seen, lane_met;
+  std::vector<std::vector<uint32_t>> lane_knows;  // by [lane][thread]: what single threads' arrivals at an mbarrier published
   std::map<std::pair<unsigned, uint32_t *>, Accumulator> accumulators;
+  std::map<std::pair<unsigned, const uint32_t *>, unsigned> sources;  // uses in flight of A's registers
   WgmmaGroup open;
   std::deque<WgmmaGroup> committed;
   bool wgmma_fenced = false;
@@ -114,6 +117,7 @@ struct MBarrier {
   unsigned writer = 0;  // thread and clock of its initialisation
   uint32_t clock = 0;
   Clocks seen{}, fenced{};
+  std::vector<uint32_t> threads;  // clocks up to which single threads published what they did, empty if none has
   std::vector<Copy> flying, landing;  // bulk copies whose bytes haven't been counted yet; those that have
 };
 
@@ -233,12 +237,17 @@ extern Machine machine;
 extern std::recursive_mutex one_at_a_time;  // who launches, or touches tensors, options or what was observed
 
 inline unsigned warp_of(unsigned thread) { return thread / WARP; }
+inline void join(std::vector<uint32_t> &into, const std::vector<uint32_t> &from) {
+  if (into.size() < from.size()) into.resize(from.size());
+  for (size_t i = 0; i < from.size(); i++) into[i] = into[i] > from[i] ? into[i] : from[i];
+}
 // Does the running lane see it, though not all of its warp do?
 inline bool seen_by_lane(unsigned thread, uint32_t clock) {
   const Warp &w = *machine.warp;
   const Thread &me = machine.fiber->thread;
   if (!w.lane_seen.empty() && clock <= w.lane_seen[me.lane][warp_of(thread)]) return true;
-  return !w.lane_met.empty() && warp_of(thread) == me.warp && clock <= w.lane_met[me.lane][thread % WARP];
+  if (!w.lane_met.empty() && warp_of(thread) == me.warp && clock <= w.lane_met[me.lane][thread % WARP]) return true;
+  return !w.lane_knows.empty() && thread < w.lane_knows[me.lane].size() && clock <= w.lane_knows[me.lane][thread];
 }
 // Did what `thread` did at `clock` happen before what the running thread does now?
 inline bool ordered(unsigned thread, uint32_t clock) {
@@ -263,6 +272,7 @@ void check_proxy(uint32_t address, size_t bytes, Site);  // before the async pro
 // async.cpp
 void end_async(Fiber &);
 bool wgmma_register(const void *p);  // is it a register that a wgmma in flight writes?
+bool wgmma_source(const void *p);    // or one that it reads?
 // counters.cpp
 void trace(Site, const void *p, unsigned bytes, bool global, bool write);
 void count_shared(Site, const uint32_t *address, uint32_t mask, unsigned bytes, bool write);

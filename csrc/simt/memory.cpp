@@ -108,7 +108,7 @@ static void read_cell(Toucher &me, size_t index, unsigned mask) {
 
 // Of several readers it isn't known who: one that the lane has met stands for all.
 static bool seen_by_some_lane(unsigned warp, uint32_t clock) {
-  if (machine.warp->lane_seen.empty() && machine.warp->lane_met.empty()) return false;
+  if (machine.warp->lane_seen.empty() && machine.warp->lane_met.empty() && machine.warp->lane_knows.empty()) return false;
   for (unsigned lane = 0; lane < WARP; lane++)
     if (seen_by_lane(warp * WARP + lane, clock)) return true;
   return false;
@@ -308,6 +308,7 @@ void access(const void *pointer, size_t bytes, Access kind, Site site, size_t al
   auto *p = static_cast<const char *>(pointer);
   if (size_t(p - machine.fiber->stack) < STACK_BYTES) {
     if (!machine.warp->accumulators.empty() && wgmma_register(p)) wgmma_touch(p, site);
+    if (kind != Access::read && !machine.warp->sources.empty()) wgmma_overwrite(p, site);
     return;
   }
   if (size_t(p - machine.host_stack) < size_t(1) << 20) return;  // what the launching code captured

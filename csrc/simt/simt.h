@@ -94,7 +94,8 @@ void bulk_wait(unsigned n, bool read_only, Site = Site::here());  // .read: the 
 void fence_proxy_async();                                         // generic writes become visible to wgmma and bulk copies
 
 // ---- wgmma. D: n / 2 registers of this lane, by address, since they are written when the group is waited for and hold NaN until
-// then. a: 4 registers, or null and `a_desc` is the descriptor. B always by descriptor. Every lane of the warp passes the same.
+// then. a: 4 registers, by address too, since nobody may write them until then, or null and `a_desc` is the descriptor. B always by
+// descriptor. Every lane of the warp passes the same.
 enum class Element : uint8_t { bf16, f16, tf32 };
 struct Wgmma {
   unsigned n;                    // m64 n k16 (16 bit) or k8 (tf32)
@@ -103,12 +104,14 @@ struct Wgmma {
   int scale_a = 1, scale_b = 1;  // 1 or -1
   bool trans_a = false, trans_b = false;  // MN-major operands, 16 bit only
 };
-void wgmma(const Wgmma &, uint32_t *const *d, const uint32_t *a, uint64_t a_desc, uint64_t b_desc, Site = Site::here());
+void wgmma(const Wgmma &, uint32_t *const *d, const uint32_t *const *a, uint64_t a_desc, uint64_t b_desc, Site = Site::here());
 void wgmma_fence(Site = Site::here());
 void wgmma_commit(Site = Site::here());
 void wgmma_wait(unsigned n, Site = Site::here());
-// For translators: a register that some wgmma writes is about to be read or written by another instruction.
+// For translators: a register that some wgmma writes is about to be read or written by another instruction, one that some wgmma
+// reads about to be written.
 void wgmma_touch(const void *reg, Site = Site::here());
+void wgmma_overwrite(const void *reg, Site = Site::here());
 
 // ---- reports and counters, for ptx.h and clients
 void report(Site, const char *kind, const char *format, ...) __attribute__((format(printf, 3, 4)));

@@ -75,7 +75,10 @@ static bool arrive(int id, unsigned count, unsigned lanes, Site site, const char
   bar.arrived += lanes;
   Warp &w = *machine.warp;
   join(bar.seen, w.seen);
-  if (!w.lane_seen.empty()) join(bar.seen, w.lane_seen[machine.fiber->thread.lane]);
+  const unsigned lane = machine.fiber->thread.lane;
+  if (!w.lane_seen.empty()) join(bar.seen, w.lane_seen[lane]);
+  if (!w.lane_knows.empty())  // a barrier knows warps only: what one thread published counts for its warp from here on
+    for (unsigned t = 0; t < w.lane_knows[lane].size(); t++) bar.seen[warp_of(t)] = std::max(bar.seen[warp_of(t)], w.lane_knows[lane][t]);
   join(bar.fenced, w.fenced);
   uint32_t &own = bar.seen[machine.fiber->thread.warp];
   own = std::max(own, w.clock);
@@ -112,12 +115,15 @@ void acquire(const Clocks &clocks) {
 // These lanes met where memory is ordered. If it's all that live, the warp sees what any of them did; else only they do.
 static void order_lanes(Warp &w, uint32_t lanes, unsigned index) {
   Clocks seen{}, met{};
+  std::vector<uint32_t> knows;
   for (uint32_t rest = lanes; rest; rest &= rest - 1) {
     unsigned lane = __builtin_ctz(rest);
+    if (!w.lane_knows.empty()) join(knows, w.lane_knows[lane]);
     if (!w.lane_seen.empty()) join(seen, w.lane_seen[lane]);
     if (!w.lane_met.empty()) join(met, w.lane_met[lane]);
     met[lane] = w.clock;
   }
+  for (uint32_t rest = knows.empty() ? 0 : lanes; rest; rest &= rest - 1) w.lane_knows[__builtin_ctz(rest)] = knows;
   if (lanes == w.live) {
     join(w.seen, seen);
     w.seen[index] = w.clock;

@@ -1,4 +1,5 @@
-// wgmma: computed when issued, delivered when waited for. Until then its accumulators hold NaN and nobody may write its operands.
+// wgmma: computed when issued, delivered when waited for. Until then its accumulators hold NaN and nobody may write its operands,
+// in shared memory or in registers.
 #include <algorithm>
 
 #include "machine.h"
@@ -60,16 +61,16 @@ static void load(const Operand &op, unsigned first, unsigned rows, Element type,
 }
 
 // A's registers hold 16 rows as mma.sync's do.
-static void unpack(unsigned lane, const uint32_t *a, Element type, float (*out)[16]) {
+static void unpack(unsigned lane, const uint32_t *const *a, Element type, float (*out)[16]) {
   unsigned row = lane / 4, column = lane % 4;
   for (unsigned i = 0; i < 4; i++) {
     unsigned r = row + i % 2 * 8;
     if (type == Element::tf32) {
-      out[column + i / 2 * 4][r] = from_tf32(a[i]);
+      out[column + i / 2 * 4][r] = from_tf32(*a[i]);
       continue;
     }
     for (unsigned half = 0; half < 2; half++) {
-      auto bits = uint16_t(a[i] >> 16 * half);
+      auto bits = uint16_t(*a[i] >> 16 * half);
       out[column * 2 + half + i / 2 * 8][r] = type == Element::bf16 ? from_bf16(bits) : from_f16(bits);
     }
   }
@@ -79,7 +80,7 @@ static void unpack(unsigned lane, const uint32_t *a, Element type, float (*out)[
 struct WgmmaArg {
   const Wgmma *op;
   uint32_t *const *d;
-  const uint32_t *a;
+  const uint32_t *const *a;
   uint64_t a_desc, b_desc;
   Site site;
 };
@@ -124,7 +125,14 @@ static void multiply(uint32_t mask, void *const *args) {
   size_t held = w.open.operands.size();
   machine.as_warp = true;
   if (x0.a)
-    for (unsigned lane = 0; lane < WARP; lane++) unpack(lane, static_cast<WgmmaArg *>(args[lane])->a, op.type, a);
+    for (unsigned lane = 0; lane < WARP; lane++) {
+      auto *registers = static_cast<WgmmaArg *>(args[lane])->a;
+      unpack(lane, registers, op.type, a);
+      for (unsigned i = 0; i < 4; i++) {
+        w.open.sources.emplace_back(lane, registers[i]);
+        w.sources[w.open.sources.back()]++;
+      }
+    }
   else
     load(Operand(x0.a_desc), machine.fiber->thread.warp % 4 * 16, 16, op.type, op.trans_a, a[0], 16, w.open.operands, x0.site);
   load(Operand(x0.b_desc), 0, n, op.type, op.trans_b, b, 256, w.open.operands, x0.site);
@@ -146,7 +154,7 @@ static void multiply(uint32_t mask, void *const *args) {
   }
 }
 
-void wgmma(const Wgmma &op, uint32_t *const *d, const uint32_t *a, uint64_t a_desc, uint64_t b_desc, Site site) {
+void wgmma(const Wgmma &op, uint32_t *const *d, const uint32_t *const *a, uint64_t a_desc, uint64_t b_desc, Site site) {
   WgmmaArg x{&op, d, a, a_desc, b_desc, site};
   aligned_collective(multiply, &x, "wgmma.mma_async", site);
 }
@@ -171,6 +179,8 @@ static void deliver(Warp &w, const WgmmaGroup &group) {
     for (size_t i = 0; i < acc.registers.size(); i++) *acc.registers[i] = float_to_bits(acc.values[i]);
     w.accumulators.erase(it);
   }
+  for (auto &key : group.sources)
+    if (auto it = w.sources.find(key); !--it->second) w.sources.erase(it);
   for (uint32_t cell : group.operands) machine.block->cells[cell].held--;
 }
 
@@ -195,6 +205,15 @@ bool wgmma_register(const void *p) {
 void wgmma_touch(const void *reg, Site site) {
   if (!machine.warp->accumulators.empty() && wgmma_register(reg))
     report(site, "wgmma-pending", "an accumulator is used while the wgmma that writes it is in flight (no wgmma.wait_group)");
+}
+
+bool wgmma_source(const void *p) {
+  return machine.warp->sources.count({machine.fiber->thread.lane, static_cast<const uint32_t *>(p)});
+}
+
+void wgmma_overwrite(const void *reg, Site site) {
+  if (!machine.warp->sources.empty() && wgmma_source(reg))
+    report(site, "async-source", "a register of A is written while the wgmma that reads it is in flight (no wgmma.wait_group)");
 }
 
 }  // namespace simt

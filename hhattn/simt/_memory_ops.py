@@ -145,7 +145,8 @@ def _wgmma(v: Values, ins: Instruction) -> str:
         f"{flags[0]}, {flags[1]}, {bool(trans_a):d} != 0, {bool(trans_b):d} != 0}}"
     )
     into = ", ".join(f"&{x}" for x in v.list(d))
-    source = f"const uint32_t A[] = {{{', '.join(v.list(a))}}}; " if registers else ""
+    read = ", ".join(f"&{v.name(x)}" for x in a.items) if isinstance(a, Vector) else ""
+    source = f"const uint32_t *const A[] = {{{read}}}; " if registers else ""
     descriptor = "0" if registers else v.raw(a, "b64")
     return (
         f"uint32_t *const D[] = {{{into}}}; {source}const simt::Wgmma how{setting}; "

@@ -27,6 +27,9 @@ _FORMATS = {"i1": "?", "u1": "?", "fp16": "<e", "fp32": "<f", "f32": "<f", "fp64
     for bits, letter in ((8, "b"), (16, "h"), (32, "i"), (64, "q"))
 }
 
+_FLOATS = {"fp16": "b16", "fp32": "f32", "f32": "f32", "fp64": "f64", "f64": "f64"}
+_SCRATCH = 2  # pointers that Triton adds to a kernel's parameters
+
 _GAP = 1 << 16  # bytes between tensors; a multiple of 512
 
 
@@ -37,7 +40,7 @@ class _Kernel:
     address: int
     threads: int
     shared: int
-    params: int
+    params: tuple[str, ...]  # their PTX types
     stored: set[int]
 
 
@@ -81,12 +84,19 @@ class Session:
             text = self.rewrite(launch.name, text)
         kernel = parse(text)
         meta = binary.metadata
-        return _Kernel(build.load(text), 32 * meta.num_warps, meta.shared, len(kernel.params), stored(kernel))
+        return _Kernel(
+            build.load(text),
+            32 * meta.num_warps,
+            meta.shared,
+            tuple(type_ for type_, _ in kernel.params),
+            stored(kernel),
+        )
 
     def run(self, launch: Launch) -> None:
         """Run one launch to its end."""
         kernel = self._compiled(launch)
         parameters = launch.parameters(self.arch)
+        _check_signature(launch.name, parameters, kernel.params)
         self.launches[launch.name] += 1
         emulator = runtime()
         emulator.unregister_all()
@@ -99,11 +109,30 @@ class Session:
             emulator.register_range(at, at + end - begin, name, READ_WRITE if writable else READ_ONLY)
             moved.append((begin, end, at))
             at += end - begin
-        packed = b"".join(_pack(launch.name, *p, moved) for p in parameters).ljust(8 * kernel.params, b"\0")
+        packed = b"".join(_pack(launch.name, *p, moved) for p in parameters).ljust(8 * len(kernel.params), b"\0")
         emulator.launch(launch.name, kernel.address, packed, launch.blocks(), (kernel.threads, 1, 1), kernel.shared)
         for (begin, end, at), (*_, writable) in zip(moved, spans, strict=True):
             if writable:
                 ctypes.memmove(begin, at, end - begin)
+
+
+def _check_signature(kernel: str, parameters: list[tuple[str, str, Any]], ptx: tuple[str, ...]) -> None:
+    """ValueError unless the PTX takes these parameters, and after them Triton's own pointers to scratch memory."""
+    given = [(name, _ptx_type(type_)) for name, type_, _ in parameters] + [("scratch memory", "u64")] * _SCRATCH
+    if len(ptx) != len(given):
+        raise ValueError(f"{kernel}: its PTX takes {len(ptx)} parameters, the launch gives {len(given)}")
+    for (name, ours), theirs in zip(given, ptx, strict=True):
+        if ours != theirs:
+            raise ValueError(f"{kernel}: its PTX takes {name} as {theirs}, the launch gives {ours}")
+
+
+def _ptx_type(type_: str) -> str:
+    """How PTX declares a parameter of Triton's type."""
+    if type_.startswith("*"):
+        return "u64"
+    if type_ in _FLOATS:
+        return _FLOATS[type_]
+    return f"u{max(8, int(type_[1:]))}"
 
 
 def _pack(kernel: str, name: str, type_: str, value: Any, moved: list[tuple[int, int, int]]) -> bytes:

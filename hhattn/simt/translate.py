@@ -214,13 +214,23 @@ def _accumulators(kernel: Kernel) -> set[str]:
     return {x.name for d in vectors if isinstance(d, Vector) for x in d.items if isinstance(x, Register)}
 
 
+def _inputs(kernel: Kernel) -> set[str]:
+    """Registers that some wgmma reads A from, until its group is waited for."""
+    body = [item for item in kernel.body if isinstance(item, Instruction)]
+    vectors = [ins.operands[1] for ins in body if ins.parts[:2] == ("wgmma", "mma_async")]
+    return {x.name for a in vectors if isinstance(a, Vector) for x in a.items if isinstance(x, Register)}
+
+
 def _named(operands: tuple[Operand, ...]) -> set[str]:
     """Registers among operands."""
     flat = [x for o in operands for x in (o.items if isinstance(o, Vector) else (o,))]
     return {x.name for x in flat if isinstance(x, Register)}
 
 
-def _statement(v: Values, kernel: Kernel, ins: Instruction, pending: set[str]) -> str:
+_NO_RESULT = {"st", "stmatrix", "bar", "barrier", "cp", "bra", "ret", "exit", "fence", "membar", "wgmma"}
+
+
+def _statement(v: Values, kernel: Kernel, ins: Instruction, pending: set[str], inputs: set[str]) -> str:
     try:
         check(ins)
         code = _TABLE[ins.base](v, ins)
@@ -232,6 +242,9 @@ def _statement(v: Values, kernel: Kernel, ins: Instruction, pending: set[str]) -
     if pending and ins.base != "wgmma":
         touched = sorted(pending & _named(ins.operands))
         code = " ".join([*(f"simt::wgmma_touch(&{name});" for name in touched), code])
+    if inputs and ins.base not in _NO_RESULT:
+        written = sorted(inputs & _named(ins.operands[:1]))
+        code = " ".join([*(f"simt::wgmma_overwrite(&{name});" for name in written), code])
     if ins.guard is None:
         return code if code.endswith(";") and code.count(";") == 1 else f"{{ {code} }}"
     return f"if ({'!' if ins.negated else ''}{ins.guard.name}) {{ {code} }}"
@@ -241,7 +254,7 @@ def translate(text: str) -> str:
     """The C++ of the kernel in the PTX ``text``: a function ``simt_kernel(params)`` that one thread runs, its
     parameters at 8 bytes each. PtxError names an instruction that has no translation."""
     kernel = parse(text)
-    v, pending = Values(kernel), _accumulators(kernel)
+    v, pending, inputs = Values(kernel), _accumulators(kernel), _inputs(kernel)
     out = ['#include "translated.h"', 'extern "C" void simt_kernel(const void *params) {']
     for type_, prefix, count in kernel.registers:
         out += [f"{v.storage(type_)} {prefix}{i} = {v.storage(type_)}(-1);" for i in range(count)]
@@ -250,5 +263,5 @@ def translate(text: str) -> str:
             out.append(f"{v.label(item.name)}:;")
         else:
             out.append(f'#line {item.at.line} "{item.at.file}"')
-            out.append(_statement(v, kernel, item, pending))
+            out.append(_statement(v, kernel, item, pending, inputs))
     return "\n".join([*out, "}", ""])

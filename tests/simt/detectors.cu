@@ -123,6 +123,27 @@ KERNEL one_lane_waits(const float *x, float *y) {
 }
 ENTRY run_one_lane_waits(int bug, const float *x, float *y) { RUN(one_lane_waits, dim3(1), dim3(64), 136, x, y); }
 
+// One lane arrives for its warp, which is right only once it has met the others.
+KERNEL one_lane_arrives(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<float *>(smem);
+  uint32_t bar = simt::shared_address(smem) + 128;
+  unsigned t = threadIdx.x;
+  if (t == 0) simt::mbarrier_init(bar, 1);
+  if (t < 32) s[t] = 0;
+  __syncthreads();
+  if (t < 32) {
+    s[t] = x[t];
+    if (!Bug) __syncwarp();
+    if (t == 5) simt::mbarrier_arrive(bar);
+  } else {
+    while (!simt::mbarrier_test(bar, 0)) {
+    }
+    y[t] = s[63 - t];
+  }
+}
+ENTRY run_one_lane_arrives(int bug, const float *x, float *y) { RUN(one_lane_arrives, dim3(1), dim3(64), 136, x, y); }
+
 // Neighbours that share four bytes don't share a place.
 KERNEL halves(const float *x, float *y) {
   __shared__ unsigned short s[64];
@@ -447,6 +468,30 @@ WGMMA(wgmma_no_fence, NO_REGISTER_FENCE)
 WGMMA(wgmma_no_proxy_fence, NO_PROXY_FENCE)
 WGMMA(wgmma_operand_reused, OPERAND_REUSED)
 WGMMA(wgmma_left_in_flight, LEFT_IN_FLIGHT)
+
+// The same with A in registers: they are the warpgroup's until the product is there.
+KERNEL wgmma_source_overwritten(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<unsigned short *>(smem);
+  unsigned t = threadIdx.x;
+  s[t] = simt::to_bf16(x[t]);
+  simt::fence_proxy_async();
+  __syncthreads();
+  uint32_t at = simt::shared_address(smem), d[4] = {}, *registers[4] = {d, d + 1, d + 2, d + 3};
+  uint32_t a[4] = {t, t, t, t};
+  const uint32_t *sources[4] = {a, a + 1, a + 2, a + 3};
+  simt::Wgmma op{.n = 8, .type = simt::Element::bf16, .accumulate = false};
+  simt::wgmma_fence();
+  simt::wgmma(op, registers, sources, 0, uint64_t(at >> 4) | uint64_t(128 >> 4) << 16);
+  simt::wgmma_commit();
+  if (Bug) a[2] = 0;
+  simt::wgmma_wait(0);
+  a[2] = t;
+  y[t] = simt::bits_to_float(d[0] ^ *sources[2]);
+}
+ENTRY run_wgmma_source_overwritten(int bug, const float *x, float *y) {
+  RUN(wgmma_source_overwritten, dim3(1), dim3(128), 256, x, y);
+}
 
 // ---- the schedule: threads draw tickets between meetings
 __global__ void tickets(unsigned *order, unsigned *next) {

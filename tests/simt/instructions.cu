@@ -65,9 +65,10 @@ __global__ void one_wgmma(simt::Wgmma op, const uint32_t *a, uint64_t a_desc, ui
   for (unsigned i = 0; i < count; i++) acc[i] = d[t * count + i], registers[i] = acc + i;
   simt::wgmma_fence();
   uint64_t base = simt::shared_address(smem) >> 4;
-  simt::wgmma(op, registers, a ? a + 4 * t : nullptr, a_desc + base, b_desc + base);
+  const uint32_t *sources[4] = {a + 4 * t, a + 4 * t + 1, a + 4 * t + 2, a + 4 * t + 3};
+  simt::wgmma(op, registers, a ? sources : nullptr, a_desc + base, b_desc + base);
   op.accumulate = true;
-  simt::wgmma(op, registers, a ? a + 4 * t : nullptr, a_desc + base, b_desc + base);  // the same again: a chain
+  simt::wgmma(op, registers, a ? sources : nullptr, a_desc + base, b_desc + base);  // the same again: a chain
   simt::wgmma_commit();
   simt::wgmma_wait(0);
   for (unsigned i = 0; i < count; i++) d[t * count + i] = acc[i];
