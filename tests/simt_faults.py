@@ -105,6 +105,8 @@ FAULTS = [
           r"(cp\.async\.wait_group\s+\d+;\s*(?:// end inline asm\s*)?(?:\.loc.*\s*)?)bar\.sync\s+0;", r"\1"),
     Fault("rows of a matrix fragment swapped", "sparse", NUMBERS, "",
           r"(mma\.sync\S+ \{[^}]*\}, \{ %r\d+,)( %r\d+,)( %r\d+,)", r"\1\3\2", -1),
+    Fault("operands of the first mma swapped", "sparse", NUMBERS, "",
+          r"(mma\.sync\S+ \{[^}]*\}, \{ %r\d+,)( %r\d+,)( %r\d+,)", r"\1\3\2"),
     Fault("shared memory written for wgmma without a fence", "sparse-sm90", "no-proxy-fence", "",
           r"^\s*fence\.proxy\.async\S*;$", "", nth=-1),  # each of them covers all writes before it
     Fault("accumulators read before the wait", "sparse-sm90", "wgmma-pending", "",
