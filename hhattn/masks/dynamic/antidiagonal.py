@@ -50,8 +50,8 @@ class antidiagonal:
         step = max(1, _SCORES // (q.shape[0] * q.shape[2] * len(k_counts) * per_query)) * per_query
         rows = []
         for part, weight in zip(queries.split(step, 3), q_counts.split(step), strict=True):
-            scores = (part @ keys[:, :, None].transpose(-1, -2)).float() * (scale / stride)
-            mass = (scores + k_counts.log()).softmax(-1)
+            scores = (part @ keys[:, :, None].transpose(-1, -2)).float().mul_(scale / stride)
+            mass = scores.add_(k_counts.log()).softmax(-1)
             mass = F.pad(mass, (0, nk * per_key - mass.shape[-1])).unflatten(-1, (nk, per_key)).sum(-1)
             rows.append(_block_means(mass, weight, per_query))
         return torch.cat(rows, 3).flatten(1, 2).clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -63,9 +63,10 @@ class antidiagonal:
         counts = (length - start).clamp(max=stride)
         place = torch.arange(stride, device=x.device)
         place = (place.flip(0) if reverse else place) % counts[:, None]
+        if reverse or length % stride:
+            x = x.index_select(1, (start[:, None] + place).flatten())
         x = x if x.is_cuda or x.dtype == torch.float64 else x.float()
-        groups = x.transpose(1, 2)[:, :, start[:, None] + place]
-        return groups.flatten(-2), counts.float()
+        return x.unflatten(1, (-1, stride)).permute(0, 3, 1, 2, 4).flatten(3), counts.float()
 
 
 def _block_means(mass: Tensor, weight: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from hhattn.masks.dynamic.select import select_blocks
 from hhattn.ops import _amp
 
 _SCORES = 1 << 22  # token-to-centroid scores in flight
-_SAMPLE = 32  # tokens a cluster that the centroids are fitted to
+_SAMPLE = 16  # tokens a cluster that the centroids are fitted to
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,29 @@ class centroid:
     stand together and whole blocks can be left out.
 
     Lloyd's steps from centroids spread over the tokens, or from those of an earlier step of the sampler, which need one
-    step more: ``refine``. They are fitted to at most 32 tokens a cluster, evenly spaced, and then every token goes to
+    step more: ``refine``. They are fitted to at most 16 tokens a cluster, evenly spaced, and then every token goes to
     the nearest. A centroid that no token is nearest to stays where it was. The result is the same every time, nothing
     is read from the device, and it is made of torch's matrix products and sums, on a CPU and on a GPU.
 
     Sparse VideoGen 2 (arXiv 2505.18875). It attends clusters of any size; blocks here are of one size, hence masks over
     the sorted tokens, whose blocks share in the mass of the clusters they hold: see :meth:`Clusters.select`.
 
-    Raises ValueError for sizes or steps below 1 (``refine`` below 0).
+    q_clusters, k_clusters: how many; None is one for each 256 queries and each 128 keys, at most 128 and 512.
+    steps: Lloyd's steps from the start, refine: from the centroids of an earlier call.
+
+    Raises ValueError for numbers below 1 (``refine`` below 0).
     """
 
-    q_clusters: int = 64
-    k_clusters: int = 128
+    q_clusters: int | None = None
+    k_clusters: int | None = None
     steps: int = 8
     refine: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("q_clusters", 1), ("k_clusters", 1), ("steps", 1), ("refine", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: accepted is {least} or more")
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise ValueError(f"{name}={number}: accepted is {least} or more")
 
     @torch.no_grad()
     def cluster(self, q: Tensor, k: Tensor, previous: Clusters | None = None) -> Clusters:
@@ -51,7 +55,8 @@ class centroid:
         others.
         """
         old = (None, None) if previous is None else (previous.q_centroids, previous.k_centroids)
-        sides = zip((q, k), (self.q_clusters, self.k_clusters), old, strict=True)
+        sizes = (self.q_clusters or min(128, -(-q.shape[1] // 256)), self.k_clusters or min(512, -(-k.shape[1] // 128)))
+        sides = zip((q, k), sizes, old, strict=True)
         with _amp.off(q.device):
             (q_centroids, q_labels), (k_centroids, k_labels) = (self._fit(x, count, start) for x, count, start in sides)
         q_order, k_order = (labels.sort(dim=-1, stable=True) for labels in (q_labels, k_labels))
@@ -59,7 +64,7 @@ class centroid:
 
     def _fit(self, x: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """(centroids [B, H, C, D], labels [B, H, S]) of x [B, S, H, D], in float32 (float64 for float64)."""
-        x = (x if x.dtype == torch.float64 else x.float()).transpose(1, 2)
+        x = (x if x.dtype == torch.float64 else x.float()).transpose(1, 2).contiguous()
         (batch, heads, length, dim), steps = x.shape, self.steps if start is None else self.refine
         count = min(count, length) if start is None else start.shape[2]
         if start is not None and start.shape != (batch, heads, count, dim):
@@ -148,8 +153,9 @@ class Clusters:
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
     """Of each row of x [B, H, S, D] the nearest of the centroids [B, H, C, D]; of equal ones the first: [B, H, S]."""
     half = centroids.square().sum(-1)[:, :, None] / 2
-    step = max(1, _SCORES // half[..., 0, :].numel())
-    return torch.cat([(part @ centroids.transpose(-1, -2) - half).argmax(-1) for part in x.split(step, 2)], -1)
+    step, columns = max(1, _SCORES // half.numel()), centroids.transpose(-1, -2)
+    # the index of max, since torch's argmax takes twice as long on a CPU
+    return torch.cat([(part @ columns).sub_(half).max(-1).indices for part in x.split(step, 2)], -1)
 
 
 def _sizes(labels: Tensor, count: int) -> Tensor:
@@ -179,6 +185,7 @@ def _in_blocks(labels: Tensor, size: int, count: int) -> Tensor:
 
 def _sorted(x: Tensor, order: Tensor) -> Tensor:
     """x [B, S, H, ...] with the tokens of each head in ``order`` [B, H, S]."""
-    batch, _, heads = x.shape[:3]
-    b, h = torch.arange(batch, device=x.device)[:, None, None], torch.arange(heads, device=x.device)
-    return x[b, order.transpose(1, 2), h]
+    batch, length, heads = x.shape[:3]
+    of_batch = torch.arange(batch, device=x.device)[:, None, None] * length
+    row = (of_batch + order.transpose(1, 2)) * heads + torch.arange(heads, device=x.device)
+    return x.flatten(0, 2).index_select(0, row.flatten()).view(x.shape)
