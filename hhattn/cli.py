@@ -9,6 +9,7 @@ import typer
 
 from hhattn import masks_cli
 from hhattn.info import info
+from hhattn.masks import calibrate_cli
 
 app = typer.Typer(
     help="Attention kernels for long videos, and the video pipeline built on them.",
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+masks_cli.app.command("calibrate")(calibrate_cli.command)
 app.add_typer(masks_cli.app, name="masks")
 
 

@@ -19,19 +19,17 @@ class Quality(NamedTuple):
     error: Tensor
 
 
-def _everything(mask: BlockMask) -> BlockMask:
-    """The mask of all pairs, in blocks like those of ``mask``."""
-    blocks = torch.ones(1, 1, *mask.num_blocks, dtype=torch.bool, device=mask.device)
-    return BlockMask.from_blocks(blocks, mask.block_size, mask.q_len, mask.k_len, max_blocks=mask.num_blocks[1])
-
-
 @torch.no_grad()
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int], scale: float | None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of all pairs, block by block."""
     from hhattn.ops.block_sparse_attention import block_sparse_attention
 
-    pair = block_sparse_attention(q, k, v, _everything(mask), scale=scale, return_lse=True)
-    return cast(tuple[Tensor, Tensor], pair)
+    nq, nk = (-(-x.shape[1] // size) for x, size in zip((q, k), block_size, strict=True))
+    blocks = torch.ones(1, 1, nq, nk, dtype=torch.bool, device=q.device)
+    everything = BlockMask.from_blocks(blocks, block_size, q.shape[1], k.shape[1], max_blocks=nk)
+    return cast(tuple[Tensor, Tensor], block_sparse_attention(q, k, v, everything, scale=scale, return_lse=True))
 
 
 @torch.no_grad()
@@ -64,7 +62,7 @@ def quality(
     """
     from hhattn.ops.block_sparse_attention import block_sparse_attention
 
-    full, full_lse = dense_attention(q, k, v, mask, scale) if dense is None else dense
+    full, full_lse = dense_attention(q, k, v, mask.block_size, scale) if dense is None else dense
     out, lse = block_sparse_attention(q, k, v, mask, scale=scale, return_lse=True, order=order)
     difference = (out.float() - full.float()).square().sum((1, 3)).sqrt()
     size = full.float().square().sum((1, 3)).sqrt()
