@@ -159,6 +159,8 @@ def _static(layout: VideoLayout, q_layout: VideoLayout, block_size: tuple[int, i
 def _bisect(make: Callable[[float], BlockMask], density: float, low: float, high: float) -> BlockMask:
     """Of the masks that ``make`` gives for numbers between ``low`` and ``high``, denser for larger ones, the one
     nearest to ``density``, as far as ten halvings tell."""
+    if density == 1:
+        return make(high)
     best: BlockMask | None = None
     for _ in range(10):
         mask = make((low + high) / 2)
