@@ -18,46 +18,20 @@ pytest.importorskip("diffusers")
 from diffusers import SanaVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0, WanRotaryPosEmbed
+from model_zoo import FAMILIES, GRID, TOKENS, Family, randomize, relative
 
-GRID = (3, 4, 5)
-TOKENS = GRID[0] * GRID[1] * GRID[2]
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """The largest error over the largest value."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, norms around 1: initial values would hide a norm's weight or a bias that is left out."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-        weight_of_norm = "norm" in name and name.endswith("weight")
-        parameter.data = (
-            1 + 0.3 * noise if weight_of_norm else noise / fan_in**0.5 * (0.3 if parameter.ndim == 1 else 1)
-        )
-    return model.eval()
+def family(name: str) -> Family:
+    return next(f for f in FAMILIES if f.name == name)
 
 
 @pytest.fixture
 def sana() -> SanaVideoTransformer3DModel:
-    model = SanaVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2,
-        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=16,
-        mlp_ratio=2.0, patch_size=(1, 2, 2), rope_max_seq_len=32,
-    )  # fmt: skip
-    return randomize(model)
+    return family("SANA-Video").model()
 
 
 @pytest.fixture
 def wan() -> WanTransformer3DModel:
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
-    return randomize(model)
+    return family("Wan").model()
 
 
 def run(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -223,45 +197,6 @@ def test_wan_fused_projections(wan: WanTransformer3DModel) -> None:
         block.attn1.fuse_projections()
     with hhattn.swap(wan):
         assert relative(run(wan), before) < 2e-5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["sana", "wan"])
-def test_bfloat16_no_worse_than_diffusers(name: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(name)
-    exact = run(model)
-    model = model.to(torch.bfloat16)
-    diffusers_error = relative(run(model, torch.bfloat16).float(), exact)
-    with hhattn.swap(model):
-        assert relative(run(model, torch.bfloat16).float(), exact) < 1.5 * diffusers_error
-
-
-@pytest.mark.parametrize("name", ["sana", "wan"])
-def test_gradients_flow(name: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(name)
-
-    def gradients() -> list[Tensor]:
-        weights = [p for n, p in model.named_parameters() if "attn1" in n]
-        return list(torch.autograd.grad(run(model).square().sum(), weights))
-
-    expected = gradients()
-    with hhattn.swap(model):
-        got = gradients()
-    # k's bias has no gradient to speak of under softmax: compare with the largest of all
-    largest = max(x.abs().max() for x in expected)
-    assert all((a - b).abs().max() < 1e-4 * largest for a, b in zip(got, expected, strict=True))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["sana", "wan"])
-def test_swapped_model_compiles_whole(name: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue(name)
-    with hhattn.swap(model):
-        expected = run(model)
-        blocks = model.blocks if name == "wan" else model.transformer_blocks
-        for block in blocks:
-            block.attn1.compile(fullgraph=True, backend="aot_eager")
-        assert relative(run(model), expected) < 1e-6
 
 
 @torch.no_grad()

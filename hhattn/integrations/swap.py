@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from hhattn.layout import VideoLayout
     from hhattn.masks import BlockMask, SparsityPlan
 
 log = logging.getLogger("hhattn")
 
 # model class -> the module that knows its layers, imported when such a model is met
 FAMILIES = {
+    "CogVideoXTransformer3DModel": "hhattn.integrations.diffusers.cogvideox",
+    "HunyuanVideoTransformer3DModel": "hhattn.integrations.diffusers.hunyuan_video",
+    "HunyuanVideo15Transformer3DModel": "hhattn.integrations.diffusers.hunyuan_video",
+    "LTXVideoTransformer3DModel": "hhattn.integrations.diffusers.ltx",
+    "MochiTransformer3DModel": "hhattn.integrations.diffusers.mochi",
     "SanaVideoTransformer3DModel": "hhattn.integrations.diffusers.sana_video",
     "WanTransformer3DModel": "hhattn.integrations.diffusers.wan",
     "WanVACETransformer3DModel": "hhattn.integrations.diffusers.wan",
@@ -54,14 +61,16 @@ class Swap:
     def set_processor(self, path: str, module: Any, processor: object) -> None:
         """Give an attention layer of diffusers another processor, to be taken back by :meth:`undo`."""
         before = module.processor
+        # Mochi's attention has no method for it
+        put = getattr(module, "set_processor", partial(setattr, module, "processor"))
 
         def restore() -> None:
             if module.processor is processor:
-                module.set_processor(before)
+                put(before)
             else:
                 log.warning("hhattn.swap: %s was given another processor since; left as it is", path)
 
-        module.set_processor(processor)
+        put(processor)
         self._undo.append(restore)
 
     def set_forward(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -76,6 +85,10 @@ class Swap:
 
         module.__dict__["forward"] = ours
         self._undo.append(restore)
+
+    def add_hook(self, module: nn.Module, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Call ``hook(module, args, kwargs)`` before the module's forward, until :meth:`undo`."""
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def undo(self) -> None:
         """Put every layer back as it was: the very objects, so results are the same bits. A second call does nothing. A
@@ -122,7 +135,7 @@ def _models(model_or_pipeline: object) -> dict[str, nn.Module]:
 
 def swap(
     model_or_pipeline: nn.Module | object,
-    attention: str | BlockMask | SparsityPlan = "exact",
+    attention: str | BlockMask | SparsityPlan | Callable[[VideoLayout], BlockMask] = "exact",
     norms: bool = True,
     rope: bool = True,
 ) -> Swap:
@@ -131,12 +144,16 @@ def swap(
     Patches these instances, never their classes, and touches no weight. Cross-attention stays as it is.
 
     Args:
-        model_or_pipeline: a SanaVideoTransformer3DModel, WanTransformer3DModel or WanVACETransformer3DModel, or a
-            pipeline with one or more of them.
-        attention: "exact": :func:`hhattn.block_linear_attention` for SANA-Video, :func:`hhattn.attention` for Wan. For
-            Wan also a :class:`hhattn.BlockMask` over the model's tokens, for :func:`hhattn.block_sparse_attention`: as
-            exact with a dense mask, an approximation with a sparser one; or a :class:`hhattn.masks.SparsityPlan`, which
-            makes masks from q and k as the model runs.
+        model_or_pipeline: a transformer of diffusers (Wan, SANA-Video, HunyuanVideo, HunyuanVideo 1.5, CogVideoX,
+            LTX-Video, Mochi), or a pipeline with one or more of them.
+        attention: "exact": :func:`hhattn.block_linear_attention` for SANA-Video, else :func:`hhattn.attention`. For all
+            but SANA-Video also what has :func:`hhattn.block_sparse_attention` attend a part of the pairs:
+
+            - a function from a :class:`hhattn.VideoLayout` to a :class:`hhattn.BlockMask`, called once for each grid
+              that the model is given: ``lambda layout: masks.radial(layout) | masks.text(layout)``. The layout knows
+              where the model keeps its text; padded texts are taken out of the mask;
+            - a :class:`hhattn.BlockMask` over the model's tokens;
+            - a :class:`hhattn.masks.SparsityPlan`, which makes masks from q and k as the model runs.
         norms: norm q and k by :func:`hhattn.qk_norm_rope`, and norm, modulate and add up inside the blocks by
             :func:`hhattn.norm_modulate`.
         rope: rotate by :func:`hhattn.qk_norm_rope`. SANA-Video rotates inside its attention: there it can't be False.

@@ -1,4 +1,4 @@
-"""The norms of a diffusers block: when its forward may be replaced by one that fuses them."""
+"""Parts that the families share: what may be replaced, and the norms of a block as arguments of the fused op."""
 
 from __future__ import annotations
 
@@ -6,20 +6,43 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hhattn.integrations.swap import Swap
 
+LAYER_NORMS = ("LayerNorm", "FP32LayerNorm", "Identity")
+RMS_NORMS = ("RMSNorm",)
 
-def why_not_fused(block: nn.Module, kind: str, arguments: tuple[str, ...], norms: tuple[nn.Module, ...]) -> str | None:
-    """None where ``block`` is exactly a ``kind``, its forward takes ``arguments`` and its ``norms`` are layer norms."""
+
+def why_not_swapped(processor: Any, kind: type) -> str | None:
+    """None where ``processor`` is exactly a ``kind`` and attends alone, so that another may stand in for it."""
+    if type(processor) is not kind:
+        return f"its processor is a {type(processor).__name__}"
+    if getattr(processor, "_parallel_config", None) is not None:
+        return "it runs under diffusers' context parallelism"
+    return None
+
+
+def refuse_cross_attention(family: str, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:
+    """ValueError where a self-attention layer is given a second sequence or a mask: neither is ignored."""
+    if encoder_hidden_states is not None or attention_mask is not None:
+        name = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
+        raise ValueError(
+            f"{name} must be None: this processor is for {family}'s self-attention; its mask is a BlockMask"
+        )
+
+
+def why_not_fused(
+    block: nn.Module, kind: str, arguments: tuple[str, ...], norms: tuple[nn.Module, ...], kinds: tuple[str, ...]
+) -> str | None:
+    """None where ``block`` is exactly a ``kind``, its forward takes ``arguments`` and its ``norms`` are ``kinds``."""
     if type(block).__name__ != kind:
         return f"the block is a {type(block).__name__}"
     if "forward" in block.__dict__:
         return "someone replaced the block's forward"
     if tuple(inspect.signature(type(block).forward).parameters) != ("self", *arguments):
         return "this release of diffusers calls the block with other arguments"
-    other = [type(norm).__name__ for norm in norms if not isinstance(norm, (nn.LayerNorm, nn.Identity))]
+    other = [type(norm).__name__ for norm in norms if type(norm).__name__ not in kinds]
     return f"a norm is a {other[0]}" if other else None
 
 
@@ -31,12 +54,16 @@ def swap_forward(
     norms: bool,
     kind: str,
     names: tuple[str, ...],
+    kinds: tuple[str, ...] = LAYER_NORMS,
 ) -> None:
-    """Give ``block`` the fused ``forward`` if it is what ``forward`` was written for; written down either way."""
+    """Give ``block`` the fused ``forward`` if it is what ``forward`` was written for; written down either way.
+
+    ``names`` are its norms' places, dots and all, ``kinds`` the classes that they may have."""
     arguments = tuple(inspect.signature(forward).parameters)[1:]
-    fused = tuple(getattr(block, name) for name in names)
-    why = why_not_fused(block, kind, arguments, fused) if norms else "norms=False"
-    if why is None:
+    why = "norms=False"
+    if norms:
+        why = why_not_fused(block, kind, arguments, tuple(block.get_submodule(n) for n in names), kinds) or ""
+    if not why:
         handle.set_forward(path, block, forward)
         handle.swapped(path, "block norms", "hhattn.norm_modulate")
     else:
@@ -46,3 +73,8 @@ def swap_forward(
 def layer_norm(norm: Any) -> dict[str, Any]:
     """The arguments of :func:`hhattn.norm_modulate` that make it this LayerNorm."""
     return {"norm": "layer", "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+
+
+def rms_norm(norm: Any) -> dict[str, Any]:
+    """The arguments of :func:`hhattn.norm_modulate` that make it this RMSNorm."""
+    return {"norm": "rms", "eps": norm.eps, "weight": norm.weight, "bias": getattr(norm, "bias", None)}

@@ -10,14 +10,22 @@ from torch import Tensor, nn
 import hhattn
 from hhattn.integrations.swap import Swap
 
+KINDS = {"RMSNorm": "rms", "MochiRMSNorm": "rms", "LayerNorm": "layer"}  # of diffusers and of torch
+Rope = tuple[Tensor, Tensor] | None
+
 
 def why_not_fused(attn: Any) -> str | None:
-    """None where the q and k norms are RMS norms over all heads with a weight and no bias, else what they are."""
-    for norm in (attn.norm_q, attn.norm_k):
-        if type(norm).__name__ != "RMSNorm" or norm.weight is None or getattr(norm, "bias", None) is not None:
-            return f"the q/k norm is a {type(norm).__name__}, not an RMSNorm over all heads"
-        if norm.weight.shape != (attn.to_q.out_features,) and norm.weight.shape != (attn.to_k.out_features,):
-            return f"the q/k norm's weight is {tuple(norm.weight.shape)}, not one over all heads"
+    """None where the norms of q and k are ones that :func:`hhattn.qk_norm_rope` computes, else what they are."""
+    for norm, width in ((attn.norm_q, attn.to_q.out_features), (attn.norm_k, attn.to_k.out_features)):
+        kind = type(norm).__name__
+        if norm is None:
+            return "q and k have no norm"
+        if kind not in KINDS:
+            return f"the q/k norm is a {kind}"
+        sizes = (width, width // attn.heads)
+        if norm.weight is None or norm.weight.shape not in [(size,) for size in sizes]:
+            found = None if norm.weight is None else tuple(norm.weight.shape)
+            return f"the q/k norm's weight is {found}, not one of {sizes[1]} for each head or {sizes[0]} for all"
     return None
 
 
@@ -27,29 +35,52 @@ def eps_of(norm: nn.Module, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]
 
 
+def norm_of(q_norm: Any, k_norm: Any, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    """The arguments of :func:`hhattn.qk_norm_rope` that make it these norms."""
+    return {
+        "norm": KINDS[type(q_norm).__name__],
+        "across_heads": q_norm.weight.shape[0] != head_dim,
+        "q_weight": q_norm.weight,
+        "k_weight": k_norm.weight,
+        "q_bias": getattr(q_norm, "bias", None),
+        "k_bias": getattr(k_norm, "bias", None),
+        "eps": eps_of(q_norm, dtype),
+    }
+
+
 def heads(attn: Any, x: Tensor) -> Tensor:
     """[B, S, H·D] -> [B, S, H, D]."""
     return x.unflatten(2, (attn.heads, -1))
 
 
-def norm_rope(attn: Any, q: Tensor, k: Tensor, rope: tuple[Tensor, Tensor] | None, fuse: bool) -> tuple[Tensor, Tensor]:
-    """q, k [B, S, H·D] -> [B, S, H, D], normed (by the op where ``fuse``), and rotated by the op given ``rope``."""
+def norm_rope(
+    attn: Any, q: Tensor, k: Tensor, rope: Rope, fuse: bool, text_len: int = 0, text_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q, k [B, S, H·D] -> [B, S, H, D], normed (by the op where ``fuse``) and rotated by the op given ``rope``, but for
+    ``text_len`` tokens at one end."""
     cos, sin = (None, None) if rope is None else rope
+    text: dict[str, Any] = {"text_len": text_len, "text_first": text_first}
     if fuse:
-        return hhattn.qk_norm_rope(
-            heads(attn, q),
-            heads(attn, k),
-            cos,
-            sin,
-            q_weight=attn.norm_q.weight,
-            k_weight=attn.norm_k.weight,
-            across_heads=True,
-            eps=eps_of(attn.norm_q, q.dtype),
-        )
-    q = q if attn.norm_q is None else attn.norm_q(q)
-    k = k if attn.norm_k is None else attn.norm_k(k)
+        q, k = heads(attn, q), heads(attn, k)
+        return hhattn.qk_norm_rope(q, k, cos, sin, **norm_of(attn.norm_q, attn.norm_k, q.dtype, q.shape[3]), **text)
+    q, k = _normed(attn, attn.norm_q, q), _normed(attn, attn.norm_k, k)
+    return (q, k) if rope is None else hhattn.qk_norm_rope(q, k, cos, sin, norm=None, **text)
+
+
+def norm_added(attn: Any, q: Tensor, k: Tensor, fuse: bool) -> tuple[Tensor, Tensor]:
+    """The text's q and k [B, S_text, H·D], which have norms of their own -> [B, S_text, H, D]."""
+    if not fuse:
+        return _normed(attn, attn.norm_added_q, q), _normed(attn, attn.norm_added_k, k)
     q, k = heads(attn, q), heads(attn, k)
-    return (q, k) if rope is None else hhattn.qk_norm_rope(q, k, cos, sin, norm=None)
+    return hhattn.qk_norm_rope(q, k, None, None, **norm_of(attn.norm_added_q, attn.norm_added_k, q.dtype, q.shape[3]))
+
+
+def _normed(attn: Any, norm: Any, x: Tensor) -> Tensor:
+    """x [B, S, H·D] -> [B, S, H, D] by the layer's own norm, over each head or over all."""
+    if norm is None:
+        return heads(attn, x)
+    size = norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim
+    return heads(attn, norm(x)) if tuple(size) == (x.shape[2],) else norm(heads(attn, x))
 
 
 def record_norms(handle: Swap, path: str, attn: Any, norms: bool) -> bool:
@@ -60,3 +91,11 @@ def record_norms(handle: Swap, path: str, attn: Any, norms: bool) -> bool:
     else:
         handle.left(path, "q/k norm", why)
     return why is None
+
+
+def record_rope(handle: Swap, path: str, rope: bool) -> None:
+    """Write down whether the op rotates."""
+    if rope:
+        handle.swapped(path, "rope", "hhattn.qk_norm_rope")
+    else:
+        handle.left(path, "rope", "rope=False")

@@ -1,30 +1,26 @@
-"""Wan: its softmax self-attention by :func:`hhattn.attention`, or by :func:`hhattn.block_sparse_attention` under a mask
-or a plan of masks."""
+"""Wan 2.1 and 2.2: its softmax self-attention, its q/k norms over all heads, and its layer norms."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.integrations.diffusers._blocks import layer_norm, swap_forward
-from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms
+from hhattn.integrations.diffusers._attention import Attend, attend_all, attention_of
+from hhattn.integrations.diffusers._blocks import layer_norm, refuse_cross_attention, swap_forward, why_not_swapped
+from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms, record_rope
 from hhattn.integrations.swap import Swap
-
-if TYPE_CHECKING:
-    from hhattn.masks import BlockMask, LayerPlan, SparsityPlan
+from hhattn.layout import VideoLayout
 
 
 class SelfAttentionProcessor:
-    """Does what diffusers' ``WanAttnProcessor`` does for self-attention; with ``mask`` only where the mask says."""
+    """Does what diffusers' ``WanAttnProcessor`` does for self-attention."""
 
-    def __init__(
-        self, mask: BlockMask | LayerPlan | None = None, fuse_norms: bool = True, fuse_rope: bool = True
-    ) -> None:
-        self.mask, self.fuse_norms, self.fuse_rope = mask, fuse_norms, fuse_rope
+    def __init__(self, attend: Attend = attend_all, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+        self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     def __call__(
         self,
@@ -35,11 +31,7 @@ class SelfAttentionProcessor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states [B, S, C], rotary_emb (cos, sin) [1, S, 1, D] -> [B, S, C]."""
-        if encoder_hidden_states is not None or attention_mask is not None:
-            name = "attention_mask" if encoder_hidden_states is None else "encoder_hidden_states"
-            raise ValueError(
-                f"{name} must be None: this processor is for Wan's self-attention; its mask is a BlockMask"
-            )
+        refuse_cross_attention("Wan", encoder_hidden_states, attention_mask)
         if attn.fused_projections:
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -49,16 +41,8 @@ class SelfAttentionProcessor:
             tables: Any = (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
             q, k = (apply_rotary_emb(x, tables, sequence_dim=1) for x in (q, k))
         v = heads(attn, v)
-        out = attn.to_out[0](self.attend(q, k, v).flatten(2))
+        out = attn.to_out[0](self.attend(q, k, v, None).flatten(2))
         return attn.to_out[1](out)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, S, H, D] each, in raster order -> [B, S, H, D]."""
-        if self.mask is None:
-            return hhattn.attention(q, k, v)
-        if isinstance(self.mask, hhattn.BlockMask):
-            return cast(Tensor, hhattn.block_sparse_attention(q, k, v, self.mask, order="raster"))
-        return self.mask.attend(q, k, v, order="raster")
 
 
 def block_forward(
@@ -80,39 +64,25 @@ def block_forward(
     return (hidden_states.float() + ffn_gate * self.ffn(y)).type_as(hidden_states)
 
 
-def _why_not(processor: Any) -> str | None:
-    if type(processor) is not WanAttnProcessor:
-        return f"its processor is a {type(processor).__name__}"
-    if processor._parallel_config is not None:
-        return "it runs under diffusers' context parallelism"
-    return None
+def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
+    """The grid of a call: hidden_states [B, C, F, H, W] in patches."""
+    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    t, h, w = (n // p for n, p in zip(latents.shape[2:], model.config.patch_size, strict=True))
+    return VideoLayout(t, h, w)
 
 
-def swap_layers(
-    handle: Swap, prefix: str, model: Any, attention: str | BlockMask | SparsityPlan, norms: bool, rope: bool
-) -> None:
+def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of a Wan transformer, as :func:`hhattn.swap` says."""
-    given = None if isinstance(attention, str) else attention
-    accepted = "accepted for Wan: 'exact', a hhattn.BlockMask or a hhattn.masks.SparsityPlan"
-    if given is None and attention != "exact":
-        raise ValueError(f"attention={attention!r}; {accepted}")
-    if given is not None and not isinstance(given, (hhattn.BlockMask, hhattn.masks.SparsityPlan)):
-        raise TypeError(f"attention is a {type(given).__name__}; {accepted}")
-    by = "hhattn.attention" if given is None else "hhattn.block_sparse_attention"
-    by += ", as the plan says" if isinstance(given, hhattn.masks.SparsityPlan) else ""
+    by, attend = attention_of(handle, prefix, model, "Wan", attention, layout_of)
     blocks = [(f"{prefix}blocks.{i}", block) for i, block in enumerate(model.blocks)]
     blocks += [(f"{prefix}vace_blocks.{i}", block) for i, block in enumerate(getattr(model, "vace_blocks", ()))]
-    for layer, (path, block) in enumerate(blocks):
-        if why := _why_not(block.attn1.processor):
+    for i, (path, block) in enumerate(blocks):
+        if why := why_not_swapped(block.attn1.processor, WanAttnProcessor):
             handle.left(f"{path}.attn1", "self-attention", why)
         else:
             fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
-            mask = given.at(layer, prefix) if isinstance(given, hhattn.masks.SparsityPlan) else given
-            handle.set_processor(f"{path}.attn1", block.attn1, SelfAttentionProcessor(mask, fuse, rope))
+            handle.set_processor(f"{path}.attn1", block.attn1, SelfAttentionProcessor(attend(i), fuse, rope))
             handle.swapped(f"{path}.attn1", "self-attention", by)
-            if rope:
-                handle.swapped(f"{path}.attn1", "rope", "hhattn.qk_norm_rope")
-            else:
-                handle.left(f"{path}.attn1", "rope", "rope=False")
+            record_rope(handle, f"{path}.attn1", rope)
         handle.left(f"{path}.attn2", "cross-attention", "short and dense already")
         swap_forward(handle, path, block, block_forward, norms, "WanTransformerBlock", ("norm1", "norm2", "norm3"))
