@@ -81,13 +81,13 @@ def test_flash_is_refused_with_its_reason() -> None:
 @pytest.mark.cpu_only("the reason is that there is no GPU")
 def test_flash_refuses_what_it_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library there, a call it can't take is answered by a reason, and the automatic choice by SDPA."""
-    from hhattn.ops.attention import _flash_can_run
+    from hhattn.ops.attention import flash_can_run
 
     module = types.ModuleType("flash_attn")
     module.__spec__ = types.SimpleNamespace(name="flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     q = randn(1, 6, 2, 8)
-    assert "runs on CUDA" in _flash_can_run(q, q, q)
+    assert "runs on CUDA" in flash_can_run(q, q, q)
     torch.testing.assert_close(hhattn.attention(q, q, q), formula(q, q, q))
 
 

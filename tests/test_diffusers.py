@@ -261,3 +261,44 @@ def test_hhattn_imports_without_diffusers() -> None:
     code = "import sys; sys.modules['diffusers'] = None; import hhattn, hhattn.integrations; hhattn.swap; print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+@torch.no_grad()
+def test_backend_of_diffusers(wan: WanTransformer3DModel) -> None:
+    """Known to the model's own method and the context manager, cross-attention included, and compiled whole."""
+    from diffusers.models import attention_dispatch
+
+    from hhattn.integrations.diffusers.backend import attend, register_backend
+
+    before, active = run(wan), attention_dispatch._AttentionBackendRegistry._active_backend
+    register_backend()
+    register_backend()
+    try:
+        wan.set_attention_backend("hhattn")
+        assert {block.attn2.processor._attention_backend.value for block in wan.blocks} == {"hhattn"}
+        assert attention_dispatch._AttentionBackendRegistry._backends["hhattn"] is attend
+        assert relative(run(wan), before) < 2e-5
+        for block in wan.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
+        assert relative(run(wan), before) < 2e-5
+    finally:
+        attention_dispatch._AttentionBackendRegistry.set_active_backend(active)
+    q, k, v = (randn(2, 6, 2, 8, seed=i) for i in range(3))
+    keep = torch.rand(2, 1, 6, 6) < 0.7
+    keep |= torch.eye(6, dtype=torch.bool)
+    for settings in ({}, {"attn_mask": keep}, {"is_causal": True}, {"scale": 0.3}):
+        with attention_dispatch.attention_backend("hhattn"):
+            got = attention_dispatch.dispatch_attention_fn(q, k, v, **settings)
+        torch.testing.assert_close(got, attention_dispatch.dispatch_attention_fn(q, k, v, **settings))
+    with pytest.raises(ValueError, match=r"dropout_p=0.5: hhattn's backend accepts 0"):
+        attend(q, k, v, dropout_p=0.5)
+
+
+def test_backend_refuses_another_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_dispatch
+
+    from hhattn.integrations.diffusers.backend import register_backend
+
+    monkeypatch.delattr(attention_dispatch, "AttentionBackendName")
+    with pytest.raises(RuntimeError, match=r"has another dispatcher than the releases tested"):
+        register_backend()

@@ -25,6 +25,7 @@ Masks that follow q and k are made by :func:`select`, a scorer (:class:`mean_poo
 :class:`threshold`). A :class:`SparsityPlan` says when; :func:`recall` and :func:`quality` measure what a mask loses.
 """
 
+from hhattn.masks.band import band
 from hhattn.masks.block_causal import block_causal
 from hhattn.masks.block_mask import BlockMask, QLists
 from hhattn.masks.dense import dense
@@ -68,6 +69,7 @@ __all__ = [
     "Selector",
     "SparsityPlan",
     "antidiagonal",
+    "band",
     "block_causal",
     "centroid",
     "coarse_attention",

@@ -62,7 +62,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool)
     return out.transpose(1, 2).contiguous()
 
 
-def _flash_can_run(
+def flash_can_run(
     q: Tensor | None = None,
     k: Tensor | None = None,
     v: Tensor | None = None,
@@ -70,6 +70,7 @@ def _flash_can_run(
     scale: float | None = None,
     causal: bool = False,
 ) -> str | None:
+    """None where flash-attn takes such a call, else the reason why not. Without tensors: where it could take any."""
     if importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed; pip install 'hhattn[flash]' where there is a CUDA GPU"
     if q is None or v is None:
@@ -83,8 +84,8 @@ def _flash_can_run(
     return None
 
 
-@_dispatch.register(OP, "flash", _flash_can_run)
-@_dispatch.register(OP, "cuda", _flash_can_run)
+@_dispatch.register(OP, "flash", flash_can_run)
+@_dispatch.register(OP, "cuda", flash_can_run)
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Tensor:
     from flash_attn import flash_attn_func
 
