@@ -1,0 +1,196 @@
+"""Long clips from SANA-Video's pipelines: diffusers' own result where one chunk is the clip, no growth beyond it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+import sana_pipeline
+from model_zoo import relative
+from sana_pipeline import HEIGHT, WIDTH
+
+import hhattn
+from hhattn.integrations.diffusers.long_sana import LongRequest, LongSana
+
+LEVELS = (1000.0, 727.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sana_pipeline.save(tmp_path_factory.mktemp("sana"))
+
+
+@pytest.fixture
+def sana(folder: Path) -> LongSana:
+    return LongSana.from_pretrained(folder)
+
+
+def request(**settings: Any) -> LongRequest:
+    usual = {"prompt": "a red balloon", "frames": 41, "height": HEIGHT, "width": WIDTH, "chunk": 4, "steps": LEVELS}
+    return LongRequest(**{**usual, **settings})
+
+
+def joined(sana: LongSana, wanted: LongRequest) -> tuple[Tensor, Tensor]:
+    chunks = list(sana.stream(wanted))
+    return torch.cat([c.frames for c in chunks]), torch.cat([c.latents for c in chunks], dim=2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_one_chunk_is_diffusers_own_clip(folder: Path, guidance: float) -> None:
+    sana = LongSana.from_pretrained(folder)
+    wanted = request(frames=13, chunk=4, steps=3, guidance=guidance, negative_prompt="blue")
+    frames, latents = joined(sana, wanted)
+    noise, _ = sana.noise(wanted, 0, 4)
+    sana.close()
+    settings = {
+        "prompt": wanted.prompt, "negative_prompt": "blue", "frames": 13, "height": HEIGHT, "width": WIDTH,
+        "num_inference_steps": 3, "guidance_scale": guidance, "latents": noise, "use_resolution_binning": False,
+    }  # fmt: skip
+    expected = sana.pipeline(**settings, output_type="latent").frames
+    assert relative(latents, expected) < 1e-4
+    pictures = torch.from_numpy(sana.pipeline(**settings, output_type="np").frames[0])
+    assert frames.shape == (13, HEIGHT, WIDTH, 3)
+    assert (frames.float() / 255 - pictures).abs().max() < 1 / 255
+
+
+def test_the_memory_is_the_sum_over_every_token(sana: LongSana) -> None:
+    """Against the reference's formula in float64, from the very inputs of the passes that write."""
+    seen: list[Tensor] = []
+    attention = sana.pipeline.transformer.transformer_blocks[1].attn1
+
+    def record(_: Any, args: tuple[Tensor, ...]) -> None:
+        if sana._stream._writing:
+            seen.append(args[0])
+
+    attention.register_forward_pre_hook(record)
+    _, latents = joined(sana, request())
+    assert len(seen) == 3
+    assert latents.shape[2] == 11
+    x = torch.cat(seen, dim=1).double()
+    double = {name: p.double() for name, p in attention.named_parameters()}
+
+    def projected(name: str) -> Tensor:
+        return x @ double[f"to_{name}.weight"].T + (double.get(f"to_{name}.bias", torch.zeros(1)).double())
+
+    def normed(y: Tensor, name: str, eps: float) -> Tensor:
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * double[f"norm_{name}.weight"]
+
+    k = normed(projected("k"), "k", attention.norm_k.eps).unflatten(2, (2, 12)).relu()
+    v = projected("v").unflatten(2, (2, 12))
+    cos, sin = (table.double()[None, :, None] for table in hhattn.rope_3d((11, 2, 4), 12))
+    turned = k * cos + torch.stack([-k[..., 1::2], k[..., ::2]], -1).flatten(-2) * sin
+    sums = sana._stream.memory[1].sums
+    assert sums is not None
+    assert relative(sums.kv.double(), torch.einsum("bshd,bshe->bhde", turned, v)) < 1e-5
+    assert relative(sums.k_sum.double(), k.sum(1)) < 1e-5
+
+
+def test_stopped_and_gone_on_with_is_the_same_to_the_bit(folder: Path, tmp_path: Path) -> None:
+    wanted = request(prompt={0: "a red balloon", 2: "a blue boat"}, frames=53)
+    first, second = LongSana.from_pretrained(folder), LongSana.from_pretrained(folder)
+    frames, latents = joined(first, wanted)
+    half = first.stream(wanted)
+    got = [next(half), next(half)]
+    torch.save(first.state(), tmp_path / "state.pt")
+    got += list(second.stream(wanted, torch.load(tmp_path / "state.pt", weights_only=False)))
+    assert [chunk.index for chunk in got] == [0, 1, 2, 3]
+    assert torch.equal(torch.cat([chunk.frames for chunk in got]), frames)
+    assert torch.equal(torch.cat([chunk.latents for chunk in got], dim=2), latents)
+
+
+def test_prompts_switch(sana: LongSana) -> None:
+    _, one = joined(sana, request())
+    _, two = joined(sana, request(prompt={0: "a red balloon", 1: "a blue boat"}))
+    assert torch.equal(one[:, :, :4], two[:, :, :4])
+    assert relative(one[:, :, 4:], two[:, :, 4:]) > 1e-3
+
+
+def test_the_past_matters_and_pictures_go_on_over_chunks(sana: LongSana) -> None:
+    """The decoder carries on: pictures are those of all latents decoded at once."""
+    frames, latents = joined(sana, request())
+    mean, spread = sana._scale(torch.float32)
+    with torch.no_grad():
+        whole = sana.pipeline.vae.decode(latents * spread + mean, return_dict=False)[0]
+    expected = ((whole[0] / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0)
+    assert (frames.float() - expected).abs().max() <= 0.51
+    sana._stream.restore({"memory": [(None, None)] * 2, "position": 0})
+    sana._at.index = 1
+    with torch.no_grad():
+        alone = sana._denoise(request(), sana._words("a red balloon", request()), 4)
+    assert relative(alone, latents[:, :, 4:8]) > 1e-3
+
+
+def test_a_picture_is_the_first(sana: LongSana) -> None:
+    image = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    _, latents = joined(sana, request(image=image))
+    with torch.no_grad():
+        assert torch.equal(latents[:, :, :1], sana._encode(image))
+    _, without = joined(sana, request())
+    assert relative(latents[:, :, 1:], without[:, :, 1:]) > 1e-3
+
+
+def test_positions_are_counted_anew_past_the_table(sana: LongSana) -> None:
+    """A table of 10 latent frames and a clip of 24: the same as with a table that is long enough."""
+    wanted = request(frames=93, steps=(1000.0,))
+    assert sana._stream.limit == 64, "as the model says"
+    _, expected = joined(sana, wanted)
+    assert sana._stream.position == 24
+    sana._stream.limit = 10
+    _, latents = joined(sana, wanted)
+    assert sana._stream.position == 8
+    assert relative(latents, expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_thousand_latent_frames(sana: LongSana) -> None:
+    """Far past the model's table of 64, at the memory of the first chunk."""
+    chunks, sizes = 0, set()
+    for chunk in sana.stream(request(frames=7_997, chunk=20, steps=(1000.0,))):
+        chunks += 1
+        sizes.add(sana.nbytes)
+        assert chunk.latents.isfinite().all()
+    assert chunks == 100
+    assert len(sizes) == 1
+
+
+def test_what_is_remembered_does_not_grow(sana: LongSana) -> None:
+    sizes = [sana.nbytes for _ in sana.stream(request(frames=121))]
+    assert len(sizes) == 8
+    assert len(set(sizes)) == 1
+
+
+def test_close_gives_the_model_back(folder: Path) -> None:
+    sana = LongSana.from_pretrained(folder)
+    model = sana.pipeline.transformer
+    x, text = torch.randn(1, 16, 3, 4, 8), torch.randn(1, 5, 16)
+    sana.close()
+    with torch.no_grad():
+        before = model(x, text, torch.tensor([500.0]), return_dict=False)[0]
+        other = LongSana(sana.pipeline)
+        list(other.stream(request(frames=5)))
+        other.close()
+        assert torch.equal(model(x, text, torch.tensor([500.0]), return_dict=False)[0], before)
+
+
+def test_refuses(sana: LongSana) -> None:
+    for settings, message in (
+        ({"prompt": {1: "a boat"}}, "with chunk 0 among them"),
+        ({"frames": 0}, "frames=0: accepted is 1 or more"),
+        ({"steps": (100.0, 200.0)}, "accepted are levels above 0"),
+        ({"steps": 0}, "steps=0"),
+        ({"guidance": 0.5}, "guidance=0.5"),
+        ({"image": torch.zeros(3, 8, 8)}, r"image has shape \(3, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            request(**settings)
+    with pytest.raises(ValueError, match="height=40: accepted are multiples of 16"):
+        sana.stream(request(height=40))
+    with pytest.raises(ValueError, match="without a transformer; accepted: SANA-Video's"):
+        LongSana(torch.nn.Linear(1, 1))
