@@ -64,7 +64,7 @@ def rotated(x, cos, sin):
 
 
 @triton.jit
-def _tf32(x):
+def tf32(x):
     """Rounded to the 10 bits of mantissa that tensor cores take of a float32. A NaN stays one: a GPU's own, 0x7fffffff,
     would be rounded to -0."""
     x = x.to(tl.float32)
@@ -98,9 +98,9 @@ def product(a, b, total, like: tl.constexpr, parts: tl.constexpr):
     elif AMD:
         total = tl.dot(a, b.to(tl.float32), total, input_precision="ieee")
     else:
-        high, b_high = _tf32(a), _tf32(b)
+        high, b_high = tf32(a), tf32(b)
         if b.dtype == tl.float32:
-            total = tl.dot(high, _tf32(b - b_high), total, input_precision="tf32")
-        total = tl.dot(_tf32(a - high), b_high, total, input_precision="tf32")
+            total = tl.dot(high, tf32(b - b_high), total, input_precision="tf32")
+        total = tl.dot(tf32(a - high), b_high, total, input_precision="tf32")
         total = tl.dot(high, b_high, total, input_precision="tf32")
     return total

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import IMPLS
 from helpers import assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from hhattn import BlockMask, masks
 from hhattn.ops.sparse_linear_attention import FEATURE_MAPS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IMPLS = ["reference", "cpp"]
 MAPS = {
     "softmax": lambda x: x.softmax(-1),
     "elu1": lambda x: F.elu(x) + 1,
@@ -93,9 +93,9 @@ def compare_with_formula(
     ("b", "sq", "sk", "h", "h_kv", "d", "dv", "block"),
     [
         (1, 70, 70, 2, 2, 40, 40, (16, 16)),
-        (2, 33, 95, 4, 2, 64, 24, (8, 32)),
+        (2, 33, 60, 2, 1, 64, 24, (16, 32)),
         (1, 1, 50, 1, 1, 112, 112, (16, 16)),
-        (1, 65, 65, 3, 1, 256, 16, (32, 16)),
+        (1, 33, 65, 3, 1, 256, 16, (32, 16)),
         (1, 50, 47, 2, 1, 12, 20, (24, 40)),
     ],
 )
@@ -152,15 +152,15 @@ def test_all_critical_is_dense_attention() -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("impl")
 @pytest.mark.parametrize("phi", FEATURE_MAPS)
-def test_all_marginal_is_linear_attention(phi: str) -> None:
-    leaves = [randn(2, 90, h, 32, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2))]
-    upstream = randn(2, 90, 4, 32, seed=3)
+def test_all_marginal_is_linear_attention(phi: str, impl: str) -> None:
+    n = 40 if impl == "triton" else 90  # the interpreter is slow
+    leaves = [randn(1, n, h, 32, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2))]
+    upstream = randn(1, n, 4, 32, seed=3)
     linear = hhattn.block_linear_attention(*leaves, feature_map=phi)
     expected = [linear, *torch.autograd.grad(linear, leaves, upstream)]
-    for marginal in (None, whole(True, 90, 90)):
-        out = hhattn.sparse_linear_attention(*leaves, whole(False, 90, 90), marginal, feature_map=phi)
+    for marginal in (None, whole(True, n, n)):
+        out = hhattn.sparse_linear_attention(*leaves, whole(False, n, n), marginal, feature_map=phi)
         ours = [out, *torch.autograd.grad(out, leaves, upstream)]
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -326,15 +326,16 @@ def test_order_is_converted() -> None:
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
 def test_the_same_bits_on_any_number_of_threads(impl: str) -> None:
     classes = random_classes(1, 1, 200, 200, block=(16, 16), tokens=0.1)
     pair = [BlockMask.from_dense(x, block_size=(16, 16)) for x in classes]
     leaves = [randn(2, 200, h, 40, seed=i).requires_grad_() for i, h in enumerate((4, 2, 2))]
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 3, 3) if impl == "cpp" else (1, 1):
+    for threads in (1, 3, 3):
         torch.set_num_threads(threads)
-        out = hhattn.sparse_linear_attention(*leaves, *pair)
+        out = hhattn.sparse_linear_attention(*leaves, *pair, impl=impl)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     torch.set_num_threads(before)
     for result in results[1:]:

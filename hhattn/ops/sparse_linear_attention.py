@@ -15,6 +15,7 @@ from hhattn.layout import Order
 from hhattn.masks.block_mask import BlockMask
 from hhattn.ops import _check, _marginal
 from hhattn.ops import block_sparse_attention as _sparse
+from hhattn.ops._triton import NAMESPACE
 from hhattn.reference.block_linear_attention import FEATURE_MAPS as _MAPS
 
 OP = _marginal.OP
@@ -190,4 +191,8 @@ def _can_run(sparse: Any, *args: Any) -> str | None:
     return sparse(*args[:3])
 
 
-_dispatch.register(OP, "cpp", partial(_can_run, _sparse.cpp_can_run))(partial(_run, "hhattn"))
+for _name, _namespace, _sparse_can_run in (
+    ("cpp", "hhattn", _sparse.cpp_can_run),
+    ("triton", NAMESPACE, _sparse.triton_can_run),
+):
+    _dispatch.register(OP, _name, partial(_can_run, _sparse_can_run))(partial(_run, _namespace))
