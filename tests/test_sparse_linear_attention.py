@@ -9,15 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMPLS
-from helpers import assert_close_to_fp64, randn, strided
+from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_block_sparse_attention import on_device
 from torch import Tensor
 
 import hhattn
 from hhattn import BlockMask, masks
 from hhattn.ops.sparse_linear_attention import FEATURE_MAPS
 
+pytestmark = pytest.mark.any_device
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MAPS = {
     "softmax": lambda x: x.softmax(-1),
@@ -58,9 +60,10 @@ def random_classes(*shape: int, block: tuple[int, int], seed: int = 0, tokens: f
     def wide(x: Tensor) -> Tensor:
         return x.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)[..., :sq, :sk]
 
-    by_block, by_token = torch.rand(*lead, nq, nk, generator=g), torch.rand(*lead, sq, sk, generator=g)
-    mixed = wide(torch.rand(*lead, nq, nk, generator=g) < tokens)
-    draw = torch.where(mixed, by_token, wide(by_block))
+    by_block, of_block, by_token = (
+        torch.rand(*lead, *size, generator=g, device="cpu") for size in ((nq, nk), (nq, nk), (sq, sk))
+    )
+    draw = torch.where(wide(of_block < tokens), by_token, wide(by_block)).to(DEVICE)
     return draw < 0.25, (draw >= 0.25) & (draw < 0.75)
 
 
@@ -76,7 +79,7 @@ def compare_with_formula(
         leaves = [x.detach().to(cast).requires_grad_() for x in inputs]
         if name == "ours":
             leaves = [x.detach().requires_grad_() for x in inputs]  # with their strides
-            gate = torch.full(q.shape[:3], 2.0)
+            gate = torch.full(q.shape[:3], 2.0, device=DEVICE)
             out = hhattn.sparse_linear_attention(*leaves, *pair, gate=gate, feature_map=phi)
         else:
             s, l = branches(*leaves, critical, marginal, phi)  # noqa: E741
@@ -139,7 +142,7 @@ def test_feature_maps(phi: str) -> None:
 
 
 def whole(value: bool, q_len: int, k_len: int, block: int = 32) -> BlockMask:
-    blocks = torch.full((1, 1, -(-q_len // block), -(-k_len // block)), value)
+    blocks = torch.full((1, 1, -(-q_len // block), -(-k_len // block)), value, device=DEVICE)
     return BlockMask.from_blocks(blocks, block_size=(block, block), q_len=q_len, k_len=k_len)
 
 
@@ -257,7 +260,7 @@ def test_combiners(
 @pytest.mark.parametrize("tokens", [0, 0.3])
 def test_what_stands_at_negligible_positions_does_not_matter(poison: float, tokens: float) -> None:
     classes = random_classes(1, 2, 48, 64, block=(16, 16), tokens=tokens)
-    gone = torch.zeros(64, dtype=torch.bool)
+    gone = torch.zeros(64, dtype=torch.bool, device=DEVICE)
     gone[[3, 40]] = True
     gone[16:32] = True  # a whole block
     for mask in classes:
@@ -313,10 +316,10 @@ def test_queries_whose_weights_are_all_zero_give_zero(eps: float) -> None:
 def test_order_is_converted() -> None:
     layout = hhattn.VideoLayout(3, 7, 9, tile=(1, 4, 4))
     pairs = {
-        order: (
-            masks.sliding_tile(layout, (1, 1, 3), block_size=(16, 16), order=order),
-            masks.sliding_tile(layout, (3, 1, 3), block_size=(16, 16), order=order),
-        )
+        order: [
+            on_device(lambda w=window, o=order: masks.sliding_tile(layout, w, block_size=(16, 16), order=o))
+            for window in ((1, 1, 3), (3, 1, 3))
+        ]
         for order in ("raster", "tile")
     }
     q, k, v = (randn(1, layout.seq_len, 2, 16, seed=i) for i in range(3))
@@ -326,7 +329,8 @@ def test_order_is_converted() -> None:
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.cpu_only("threads are the CPU's")
+@pytest.mark.parametrize("impl", ["cpp"])
 def test_the_same_bits_on_any_number_of_threads(impl: str) -> None:
     classes = random_classes(1, 1, 200, 200, block=(16, 16), tokens=0.1)
     pair = [BlockMask.from_dense(x, block_size=(16, 16)) for x in classes]
@@ -363,7 +367,7 @@ def test_compiles_as_one_graph(given_marginal: bool) -> None:
 def test_autocast() -> None:
     q, k, v = (randn(1, 48, 2, 16, seed=i) for i in range(3))
     critical, proj = whole(False, 48, 48, 16), randn(16, 16, seed=4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = hhattn.sparse_linear_attention(q, k, v, critical, proj=proj, gate=randn(1, 48, 2))
     assert out.dtype == torch.bfloat16
     expected = hhattn.sparse_linear_attention(q, k, v, critical, proj=proj, gate=randn(1, 48, 2))
@@ -417,6 +421,15 @@ def test_derivatives_without_a_rule_are_refused() -> None:
         torch.func.grad(run)(q)
 
 
+def test_a_second_derivative_is_refused(impl: str) -> None:
+    q = randn(1, 8, 1, 4).requires_grad_()
+    out = hhattn.sparse_linear_attention(q, q, q, whole(False, 8, 8, 4))
+    (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: a gradient made with create_graph=True is"):
+        torch.autograd.grad(first.square().sum(), q)
+
+
+@pytest.mark.cpu_only("arguments are refused before their device matters")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -439,6 +452,6 @@ def test_derivatives_without_a_rule_are_refused() -> None:
     ids=str,
 )
 def test_refusals_name_the_argument(change: dict[str, object], words: str) -> None:
-    call: dict[str, object] = {name: torch.zeros(1, 8, 2, 4) for name in ("q", "k", "v")}
+    call: dict[str, object] = {name: torch.zeros(1, 8, 2, 4, device=DEVICE) for name in ("q", "k", "v")}
     with pytest.raises((ValueError, TypeError, RuntimeError), match=words):
         hhattn.sparse_linear_attention(**(call | {"critical": whole(True, 8, 8, 8)} | change))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hhattn import _ext
 from hhattn.ops import _amp, _triton
+from hhattn.ops._second import no_second_derivative
 from hhattn.reference import sparse_linear_attention as _reference
 from hhattn.reference.block_sparse_attention import Lists
 
@@ -113,6 +114,7 @@ _triton.define(
 _forward.register_fake(_fake_forward)
 _backward.register_fake(_fake_backward)
 _forward.register_autograd(partial(_gradients, _backward), setup_context=_save)
+no_second_derivative(OP, f"hhattn::{NAME}_reference_backward")
 _NATIVE = ("hhattn",) if _ext.why_missing() is None else ()
 for _namespace in _NATIVE:
     torch.library.register_fake(f"{_namespace}::{NAME}", _fake_forward)
@@ -120,6 +122,7 @@ for _namespace in _NATIVE:
 for _namespace in (*_NATIVE, _triton.NAMESPACE):
     _rule = partial(_gradients, partial(_call_backward, _namespace))
     torch.library.register_autograd(f"{_namespace}::{NAME}", _rule, setup_context=_save)
+    no_second_derivative(OP, f"{_namespace}::{NAME}_backward")
 
 
 def reference(
