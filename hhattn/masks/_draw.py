@@ -65,13 +65,14 @@ def figure(mask: BlockMask, query: tuple[int, int, int], title: str, batch: int 
     keys = k_layout.from_tiles(keys, 0) if mask.order == "tile" else keys
     video = keys[k_layout.video_slice].view(k_layout.grid)
     chosen = _chosen_frames(video, query[0])
-    columns = min(4, len(chosen))
+    columns = 3 if len(chosen) in (5, 6, 9) else min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     ratio = k_layout.height / k_layout.width
-    height = max(3.2, rows * (1.75 * ratio + 0.45) + 0.6)
+    height = max(3.4, rows * (1.7 * ratio + 0.3) + 0.6)
     fig = pyplot.figure(figsize=(3.6 + 1.75 * columns, height), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[3.6, 1.75 * columns])
     ax = plot(mask, batch, head, left.subplots())
+    ax.set_box_aspect(1)
     ax.set_title(f"blocks, {mask.order} order: {mask.block_density:.1%} touched", fontsize=9)
     ax.tick_params(labelsize=7)
     grid = right.subplots(rows, columns, squeeze=False).flatten()
@@ -93,8 +94,8 @@ def _chosen_frames(video: Tensor, own: int) -> list[int]:
     attended = [f for f in range(len(video)) if f == own or video[f].any()]
     near = sorted(attended, key=lambda f: abs(f - own))
     if len(near) > _FRAMES:
-        steps = torch.logspace(0, 1, _FRAMES - 3, base=len(near) - 1).round().int().tolist()
-        kept = dict.fromkeys([0, 1, 2, *steps, *range(len(near))])
+        spread = ((torch.arange(_FRAMES) / (_FRAMES - 1)) ** 1.5 * (len(near) - 1)).round().int().tolist()
+        kept = dict.fromkeys([*spread, *range(len(near))])
         near = [near[i] for i in list(kept)[:_FRAMES]]
     return sorted(near)
 
