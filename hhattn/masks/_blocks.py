@@ -66,6 +66,10 @@ class Blocks(NamedTuple):
     tile: Tensor
 
 
+# of one batch entry and head: partial counts [nq], columns and tiles [nq, P], full counts [nq] and columns [nq, F]
+Lists = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Pairs(NamedTuple):
     """Blocks still to be settled: block ``key`` gets the tile ``op(table[left], table[right])``."""
 
@@ -164,35 +168,32 @@ def to_lists(full: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.cat([part.sum(-1, dtype=torch.int32) for part in full.split(_ROWS)])  # the sum widens its input
     width = int(counts.max()) if counts.numel() else 0
     indices = torch.zeros(len(full), width, dtype=torch.int32, device=full.device)
-    for start in range(0, len(full), _ROWS):
-        row, column = full[start : start + _ROWS].nonzero(as_tuple=True)
-        indices[row + start, _place(row, counts[start : start + _ROWS])] = column.int()
+    column = torch.arange(full.shape[1], dtype=torch.int32, device=full.device)
+    for part, filled, count in zip(full.split(_ROWS), indices.split(_ROWS), counts.split(_ROWS), strict=True):
+        filled.masked_scatter_(within(count, width), column.expand_as(part)[part])
     return counts, indices
 
 
 def partial_lists(blocks: Blocks, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Partial blocks as (counts [nq], columns [nq, max count], tiles [nq, max count]), int32, 0 beyond the count."""
-    row, column = blocks.partial // shape.nk, blocks.partial % shape.nk
-    counts = torch.bincount(row, minlength=shape.nq).int()
-    width = int(counts.max()) if counts.numel() else 0
-    columns, tiles = torch.zeros(2, shape.nq, width, dtype=torch.int32, device=row.device)
-    place = _place(row, counts)
-    columns[row, place] = column.int()
-    tiles[row, place] = blocks.tile.int()
-    return counts, columns, tiles
+    edges = torch.arange(shape.nq + 1, device=blocks.partial.device) * shape.nk
+    counts = torch.searchsorted(blocks.partial, edges, out_int32=True).diff()
+    listed = within(counts, int(counts.max()) if counts.numel() else 0)
+    columns, tiles = torch.zeros(2, *listed.shape, dtype=torch.int32, device=listed.device)
+    columns.masked_scatter_(listed, (blocks.partial % shape.nk).int())
+    return counts, columns, tiles.masked_scatter_(listed, blocks.tile.int())
 
 
-def _place(row: Tensor, counts: Tensor) -> Tensor:
-    """Place of each entry within its row, for entries sorted by row of which row i has ``counts[i]``."""
-    start = counts.long().cumsum(0) - counts
-    return torch.arange(len(row), device=row.device) - start[row]
+def within(counts: Tensor, width: int) -> Tensor:
+    """[n, width] bool: the first ``counts[i]`` of each row i. Sorted entries fill these, row by row."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def from_lists(lists: Sequence[Tensor], shape: Shape) -> Blocks:
     """The inverse of :func:`partial_lists` and :func:`to_lists`: ``lists`` are theirs of one batch entry and head."""
     counts, columns, tiles, full_counts, full_columns = lists
     device = counts.device
-    row, place = (torch.arange(columns.shape[1], device=device) < counts[:, None]).nonzero(as_tuple=True)
+    row, place = within(counts, columns.shape[1]).nonzero(as_tuple=True)
     full = torch.zeros(shape.nq, shape.nk + 1, dtype=torch.bool, device=device)
     beyond = torch.arange(full_columns.shape[1], device=device) >= full_counts[:, None]
     full.scatter_(1, full_columns.long().masked_fill(beyond, shape.nk), True)

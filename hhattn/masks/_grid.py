@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout, check_order
 from hhattn.masks import _bits, _blocks
-from hhattn.masks._blocks import Blocks, Shape
-from hhattn.masks.block_mask import BlockMask, assemble, make_shape
+from hhattn.masks._blocks import Lists, Shape, make_shape
+from hhattn.masks.block_mask import BlockMask, stack
 
 _ROWS = 128  # block rows handled at once,
 _TABLE = 1 << 21  # entries of a table of triples or of counts,
@@ -75,7 +75,7 @@ def _side(layout: VideoLayout, order: Order, size: int, text_len: int) -> _Side:
     """Sides of ``layout`` with ``text_len`` text tokens that are no padding. Text is one frame more, before the video's
     or after them as its tokens are, so that a block over their border is short. A base is where the tiles that a block
     begins in begin: outlines repeat from one row of tiles to the next."""
-    position = layout.positions(order)
+    position = layout.positions(order).int()
     video, shift = position[:, 0] >= 0, int(layout.text_first)
     text_frame = 0 if layout.text_first else layout.frames
     frame = (position[:, 0] + shift).where(video, text_frame)
@@ -93,11 +93,10 @@ def _side(layout: VideoLayout, order: Order, size: int, text_len: int) -> _Side:
     depth = (frame - base[:, None]).where(there, -1)
     depths = max(1, int(depth.max()) + 1)
     outlines = (depth * layout.frame_len + place).where(there, -1)
-    first, outline = _bits.unique_rows(outlines.int().view(torch.uint8))
-    bases, base = torch.unique(base, return_inverse=True)
-    return _Side(
-        place[first].where(there[first], 0), depth[first].where(there[first], depths), outline, base, bases, depths
-    )
+    first, outline = _bits.unique_rows(outlines.view(torch.uint8))
+    bases, base = torch.unique(base.long(), return_inverse=True)
+    there, place, depth = there[first], place[first].long(), depth[first].long()
+    return _Side(place.where(there, 0), depth.where(there, depths), outline, base, bases, depths)
 
 
 def _windows(frames: Tensor, q: _Side, k: _Side) -> tuple[Tensor, Tensor]:
@@ -156,6 +155,16 @@ class _Triples(NamedTuple):
     window: Tensor
     queries: Tensor
     keys: Tensor
+
+
+class _Rows(NamedTuple):
+    """Partial blocks of some rows of blocks, one row after the other: rows [r] int64, counts [r], and of each block its
+    column and its tile (while tiles aren't drawn, its triple), int32."""
+
+    rows: Tensor
+    counts: Tensor
+    columns: Tensor
+    tiles: Tensor
 
 
 class _Keys(NamedTuple):
@@ -229,27 +238,44 @@ def _parts(n_windows: int, n_classes: int, q: _Side, k: _Side) -> Iterator[slice
     return (slice(first, first + step) for first in range(0, len(q.place), step))
 
 
-def _blocks_of(pattern: Pattern, q: _Side, k: _Side, n: int, shape: Shape) -> tuple[Blocks, Tensor]:
-    """The blocks of one head, and the table that they point into."""
+def _lists_of(pattern: Pattern, q: _Side, k: _Side, n: int, shape: Shape) -> tuple[Lists, Tensor]:
+    """The lists of one head, and the table that they point into."""
     windows, window = _windows(pattern.frames, q, k)
     full = torch.zeros(shape.nq, shape.nk, dtype=torch.bool)
-    none = torch.zeros(0, dtype=torch.int64)
-    partial, tiles, tables = [none], [none], [_blocks.empty_table(shape, full.device)]
+    rows: list[_Rows] = []
+    tables = [torch.zeros(0, shape.bq, -(-shape.bk // 8), dtype=torch.uint8)]
     for part in _parts(len(windows), len(pattern.places), q, k):
         pairs = _count(windows, pattern.places, q, k, part, n)
         code = (pairs == shape.bq * shape.bk).int()  # 0 is empty, 1 full, 2 + i triple i
         cleared, triples = _number(windows, (pairs > 0) & (code == 0), code, q, k, part)
         found = list(_look_up(code, window, part, q, k, full))
-        key, triple = (torch.cat(column) for column in zip(*found, strict=True))
-        if len(key):  # draw those that occur
-            occur, triple = _bits.unique_numbers(triple, len(triples.keys))
-            occurring = _Triples(*(x[occur] for x in triples))
-            table, place = _draw_distinct(cleared, occurring, pattern.places, n, q, k)
-            partial.append(key)
-            tiles.append(place[triple] + sum(map(len, tables)))
-            tables.append(table)
+        occurs = torch.zeros(len(triples.keys), dtype=torch.bool)  # draw these only
+        for some in found:
+            occurs[some.tiles] = True
+        occurring = _Triples(*(x[occurs] for x in triples))
+        table, place = _draw_distinct(cleared, occurring, pattern.places, n, q, k)
+        tile = torch.zeros(len(occurs), dtype=torch.int32).masked_scatter_(occurs, place.int() + sum(map(len, tables)))
+        rows.extend(some._replace(tiles=tile.index_select(0, some.tiles)) for some in found)
+        tables.append(table)
     table, place = _bits.unique_tiles(torch.cat(tables))  # two parts may have drawn the same
-    return _blocks.ordered(full, torch.cat(partial), place[torch.cat(tiles)]), table
+    return (*_filled(rows, place.int(), shape), *_blocks.to_lists(full)), table
+
+
+def _filled(found: list[_Rows], tile: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded lists (counts, columns, tiles) of all rows; empties ``found``."""
+    counts = torch.zeros(shape.nq, dtype=torch.int32)
+    for some in found:
+        counts[some.rows] = some.counts
+    width = int(counts.max())
+    columns, tiles = torch.zeros(2, shape.nq, width, dtype=torch.int32)
+    while found:
+        some = found.pop()
+        listed = _blocks.within(some.counts, width)
+        for lists, values in ((columns, some.columns), (tiles, tile.index_select(0, some.tiles))):
+            lists.index_copy_(
+                0, some.rows, torch.zeros(listed.shape, dtype=torch.int32).masked_scatter_(listed, values)
+            )
+    return counts, columns, tiles
 
 
 def _number(windows: Tensor, partial: Tensor, code: Tensor, q: _Side, k: _Side, part: slice) -> tuple[Tensor, _Triples]:
@@ -265,15 +291,13 @@ def _number(windows: Tensor, partial: Tensor, code: Tensor, q: _Side, k: _Side, 
     return cleared, _Triples(rest // rows, rest % rows + part.start, distinct % columns)
 
 
-def _look_up(
-    code: Tensor, window: Tensor, part: slice, q: _Side, k: _Side, full: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _look_up(code: Tensor, window: Tensor, part: slice, q: _Side, k: _Side, full: Tensor) -> Iterator[_Rows]:
     """Every block whose queries have an outline of ``part``: full ones are marked in ``full`` [nq, nk], partial ones
-    come as (places in it, numbers of triples)."""
+    come with the numbers of their triples."""
     size, n_keys = code.shape[1:]
     at = (window * (size * n_keys)).index_select(1, k.base).add_(k.outline).int()
     touched = (code > 0).flatten(1).any(1)[window].index_select(1, k.base)
-    table = code.flatten()
+    table, number = code.flatten(), torch.arange(full.shape[1], dtype=torch.int32)
     here = ((q.outline >= part.start) & (q.outline < part.start + size)).nonzero().squeeze(1)
     for rows in here.split(_ROWS):
         base = q.base[rows]
@@ -281,10 +305,11 @@ def _look_up(
         some = at if len(columns) == at.shape[1] else at.index_select(1, columns)
         place = some.index_select(0, base).add_(((q.outline[rows] - part.start) * n_keys).int()[:, None])
         found = table.index_select(0, place.flatten()).view_as(place)
-        here_full = torch.zeros(len(rows), full.shape[1], dtype=torch.bool)
-        full.index_copy_(0, rows, here_full.index_copy_(1, columns, found == 1))
-        row, column = (found > 1).nonzero(as_tuple=True)
-        yield rows[row] * full.shape[1] + columns[column], found[row, column].long() - 2
+        full_here = torch.zeros(len(rows), full.shape[1], dtype=torch.bool)
+        full.index_copy_(0, rows, full_here.index_copy_(1, columns, found == 1))
+        partial = found > 1
+        counts = partial.sum(1, dtype=torch.int32)
+        yield _Rows(rows, counts, number[columns].expand_as(partial)[partial], found[partial] - 2)
 
 
 def static_mask(
@@ -304,14 +329,29 @@ def static_mask(
     numbers = [_numbers(layout, frames) for frames in (q_frames, k_frames)]
     made = []
     for text_len in _text_lens(layout, text_lens):
-        q, k = _side(q_layout, order, shape.bq, text_len), _side(k_layout, order, shape.bk, text_len)
+        q = k = _side(q_layout, order, shape.bq, text_len)
+        if (q_layout, shape.bq) != (k_layout, shape.bk):
+            k = _side(k_layout, order, shape.bk, text_len)
         for frames, places in patterns:
             missing = layout.frames + 1 - len(frames)
             ours = F.pad(frames, (0, missing, 0, missing))[numbers[0]][:, numbers[1]]
-            blocks, table = _blocks_of(Pattern(ours, places), q, k, layout.frame_len, shape)
-            made.append(([blocks], table))
-    slices, table = _blocks.share(made)
-    return assemble(slices, table, len(text_lens or [0]), shape, order, q_layout, k_layout)
+            made.append(_lists_of(Pattern(ours, places), q, k, layout.frame_len, shape))
+    lists, table = _shared(made)
+    return stack(lists, table, len(text_lens or [0]), shape, order, q_layout, k_layout)
+
+
+def _shared(made: Sequence[tuple[Lists, Tensor]]) -> tuple[list[Lists], Tensor]:
+    """Lists that point into a table each, in one."""
+    if len(made) == 1:
+        return [made[0][0]], made[0][1]
+    table, place = _bits.unique_tiles(torch.cat([table for _, table in made]))
+    places = place.int().split([len(table) for _, table in made])
+    shared: list[Lists] = []
+    for ((counts, columns, tiles, full_counts, full_columns), _), at in zip(made, places, strict=True):
+        listed = _blocks.within(counts, tiles.shape[1])
+        tiles = torch.zeros_like(tiles).masked_scatter_(listed, at[tiles[listed]])
+        shared.append((counts, columns, tiles, full_counts, full_columns))
+    return shared, table
 
 
 def _part(layout: VideoLayout, name: str, frames: Sequence[int] | None) -> VideoLayout:

@@ -363,28 +363,29 @@ def assemble(
     k_layout: VideoLayout | None = None,
 ) -> BlockMask:
     """The mask of ``slices``, one for each (batch, head), heads running fastest."""
+    lists = [(*_blocks.partial_lists(s, shape), *_blocks.to_lists(s.full)) for s in slices]
+    return stack(lists, table, batch, shape, order, layout, k_layout)
 
-    def stack(rows: Sequence[Tensor]) -> Tensor:
+
+def stack(
+    lists: Sequence[_blocks.Lists],
+    table: Tensor,
+    batch: int,
+    shape: Shape,
+    order: str,
+    layout: VideoLayout | None = None,
+    k_layout: VideoLayout | None = None,
+) -> BlockMask:
+    """The mask of these lists, one for each (batch, head), heads running fastest."""
+
+    def stacked(rows: Sequence[Tensor]) -> Tensor:
         if len(rows) == 1:
             return rows[0][None, None]  # a dense minute's lists take 45 MB, once
         width = max(r.shape[-1] for r in rows) if rows[0].ndim == 2 else 0
         same = [torch.nn.functional.pad(r, (0, width - r.shape[-1])) if r.ndim == 2 else r for r in rows]
         return torch.stack(same).unflatten(0, (batch, -1))
 
-    partial, full = [_blocks.partial_lists(s, shape) for s in slices], [_blocks.to_lists(s.full) for s in slices]
-    counts, columns, tiles = (stack(rows) for rows in zip(*partial, strict=True))
-    full_counts, full_columns = (stack(rows) for rows in zip(*full, strict=True))
-    return BlockMask(
-        counts,
-        columns,
-        tiles,
-        full_counts,
-        full_columns,
-        table,
-        (shape.bq, shape.bk),
-        shape.q_len,
-        shape.k_len,
-        order,
-        layout,
-        k_layout,
-    )
+    size = (shape.bq, shape.bk)
+    counts, columns, tiles, full_counts, full_columns = (stacked(rows) for rows in zip(*lists, strict=True))
+    partial, full = (counts, columns, tiles), (full_counts, full_columns)
+    return BlockMask(*partial, *full, table, size, shape.q_len, shape.k_len, order, layout, k_layout)
