@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hhattn.masks import _bits
 
-_ROWS = 128  # block rows listed at once: int64 coordinates of a whole dense mask would take 16 bytes a block
+_ROWS = 32  # block rows listed at once: int64 coordinates of a whole dense mask would take 16 bytes a block
 
 
 class Shape(NamedTuple):

@@ -22,9 +22,9 @@ from hhattn.masks import _bits, _blocks
 from hhattn.masks._blocks import Lists, Shape, make_shape
 from hhattn.masks.block_mask import BlockMask, stack
 
-_ROWS = 128  # block rows handled at once,
+_ROWS = 64  # block rows handled at once,
 _TABLE = 1 << 21  # entries of a table of triples or of counts,
-_BYTES = 1 << 23  # bytes of bits drawn: few enough for caches, and for a peak of some 10 MB
+_BYTES = 1 << 22  # bytes of bits drawn: few enough for caches, and for a peak of some 10 MB
 
 Places = Callable[[], Tensor]
 
@@ -75,14 +75,16 @@ def _side(layout: VideoLayout, order: Order, size: int, text_len: int) -> _Side:
     """Sides of ``layout`` with ``text_len`` text tokens that are no padding. Text is one frame more, before the video's
     or after them as its tokens are, so that a block over their border is short. A base is where the tiles that a block
     begins in begin: outlines repeat from one row of tiles to the next."""
-    position = layout.positions(order).int()
-    video, shift = position[:, 0] >= 0, int(layout.text_first)
-    text_frame = 0 if layout.text_first else layout.frames
-    frame = (position[:, 0] + shift).where(video, text_frame)
+    token = layout.tile_index() if order == "tile" else torch.arange(layout.seq_len)
+    token = token.int() - layout.video_slice.start
+    frame, place = token // layout.frame_len, token % layout.frame_len
     step = layout.tile[0] if order == "tile" else 1
-    start = (position[:, 0] // step * step + shift).where(video, text_frame)
+    start = frame // step * step
+    place[layout.text_slice] = 0
+    for number in (frame, start):
+        number[layout.text_slice] = -1 if layout.text_first else layout.frames
+        number += int(layout.text_first)
     frame[layout.text_slice][text_len:] = -1
-    place = (position[:, 1] * layout.width + position[:, 2]).where(video, 0)
 
     def blocks(x: Tensor, absent: int) -> Tensor:
         return F.pad(x, (0, -len(x) % size), value=absent).view(-1, size)
@@ -126,7 +128,7 @@ def _count(windows: Tensor, places: Sequence[Places], q: _Side, k: _Side, outlin
     some_row, some_column = rows.any(1).nonzero(), columns.any(1).nonzero().squeeze(1)
     rows, columns = rows[some_row.squeeze(1)], columns[some_column].T.contiguous()
     for c, related in enumerate(places):
-        seen = [part.float() @ columns for part in related().split(max(1, (1 << 20) // n))]
+        seen = [part.float() @ columns for part in related().split(max(1, (1 << 18) // n))]
         pairs[c].view(shape[1] * shape[2], -1)[some_row, some_column] = rows @ torch.cat(seen)
     of_class = torch.stack([windows == c for c in range(1, len(places) + 1)], 1).flatten(1).float()
     total = of_class @ pairs.transpose(2, 3).reshape(of_class.shape[1], -1)
@@ -255,7 +257,9 @@ def _lists_of(pattern: Pattern, q: _Side, k: _Side, n: int, shape: Shape) -> tup
         occurring = _Triples(*(x[occurs] for x in triples))
         table, place = _draw_distinct(cleared, occurring, pattern.places, n, q, k)
         tile = torch.zeros(len(occurs), dtype=torch.int32).masked_scatter_(occurs, place.int() + sum(map(len, tables)))
-        rows.extend(some._replace(tiles=tile.index_select(0, some.tiles)) for some in found)
+        while found:
+            some = found.pop()
+            rows.append(some._replace(tiles=tile.index_select(0, some.tiles)))
         tables.append(table)
     table, place = _bits.unique_tiles(torch.cat(tables))  # two parts may have drawn the same
     return (*_filled(rows, place.int(), shape), *_blocks.to_lists(full)), table
