@@ -74,8 +74,9 @@ def test_keys_that_are_drawn_are_the_query_s(order: str) -> None:
     dense = mask.to_dense()
     for head, query in ((h, q) for h in range(2) for q in range(layout.seq_len)):
         assert torch.equal(_draw.keys_of(mask, query, head=head), dense[0, head, query])
-    assert _draw._chosen_frames(torch.ones(40, 2, 2, dtype=torch.bool), 39)[-3:] == [37, 38, 39]
-    assert len(_draw._chosen_frames(torch.ones(40, 2, 2, dtype=torch.bool), 7)) == 12
+    far = _draw._chosen_frames(torch.ones(40, 2, 2, dtype=torch.bool), 39)  # ever fewer, the last one included
+    assert (len(far), far[0], far[-3:]) == (12, 0, [36, 38, 39])
+    assert _draw._chosen_frames(torch.ones(13, 2, 2, dtype=torch.bool), 0) == [*range(11), 12]
     assert _draw._chosen_frames(torch.zeros(40, 2, 2, dtype=torch.bool), 7) == [7]
 
 
