@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -409,6 +412,41 @@ def test_any_shape_and_masks(sq: int, sk: int, bq: int, bk: int, tokens: float, 
     pair = [BlockMask.from_dense(x, block_size=(bq, bk)) for x in classes]
     out = hhattn.sparse_linear_attention(q, k, v, *pair)
     torch.testing.assert_close(out, sum(branches(q, k, v, *classes)), rtol=1e-5, atol=1e-5)
+
+
+PEAK_OF_A_CLIP = """
+import sys, torch, hhattn
+status = lambda: open("/proc/self/status")  # getrusage counts what the process that started this one holds
+peak = lambda: next(int(line.split()[1]) for line in status() if line.startswith("VmHWM")) // 1024
+def run(frames):
+    layout = hhattn.VideoLayout(frames, 23, 40)
+    mask = hhattn.masks.sliding_tile(layout, (3, 3, 3), order="tile")
+    q, k, v = (torch.randn(1, layout.seq_len, 1, 32, requires_grad=True) for _ in range(3))
+    before = peak()
+    out = hhattn.sparse_linear_attention(q, k, v, mask, order="raster")
+    out.square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    return layout.seq_len, peak() - before
+run(1)  # code that is loaded at the first use
+print(*run(16))
+"""
+
+
+@pytest.mark.cpu_only("a process's peak is the CPU's memory")
+@pytest.mark.parametrize("impl", [pytest.param("reference", marks=pytest.mark.slow), "cpp"])
+def test_a_long_clip_never_makes_sq_by_sk(impl: str) -> None:
+    """Forward and backward in a process of their own, whose peak tells. Weights of 16 frames would take 867 MB."""
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_A_CLIP],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HHATTN_IMPL": impl},
+    )
+    tokens, megabytes = (int(n) for n in run.stdout.split())
+    # steps of bounded size, and some forty arrays of S x 32 floats: inputs, features, outputs and gradients of both
+    # branches, in two orders
+    assert megabytes < 120 + 40 * tokens * 32 * 4 / 2**20, f"{megabytes} MB for {tokens} tokens"
 
 
 def test_derivatives_without_a_rule_are_refused() -> None:
