@@ -450,13 +450,15 @@ def test_a_long_clip_never_makes_sq_by_sk(impl: str) -> None:
 
 
 def test_derivatives_without_a_rule_are_refused() -> None:
-    q = randn(1, 8, 1, 4)
+    q, critical = randn(1, 8, 1, 4), whole(False, 8, 8, 4)
 
     def run(q: Tensor) -> Tensor:
-        return hhattn.sparse_linear_attention(q, q, q, whole(False, 8, 8, 4)).sum()
+        return hhattn.sparse_linear_attention(q, q, q, critical).sum()
 
     with pytest.raises(RuntimeError, match=r"sparse_linear_attention: .* no rule for torch\.func"):
         torch.func.grad(run)(q)
+    mapped = torch.func.vmap(run)(torch.stack((q, 2 * q)))
+    torch.testing.assert_close(mapped, torch.stack((run(q), run(2 * q))))
 
 
 def test_a_second_derivative_is_refused(impl: str) -> None:
