@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import IMPLS
-from helpers import randn
+from helpers import randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,6 +110,16 @@ def test_scores_are_summed_in_float32_whatever_comes(dtype: torch.dtype) -> None
         assert got.dtype in (torch.float32, dtype)
         assert got.shape == (2, 4, 7, 12)
     assert masks.coarse_attention(q, k, k, (16, 8)).dtype == dtype
+
+
+def test_only_tokens_that_exist_count() -> None:
+    """Between tokens, and beyond the last one, memory holds NaN: no block is filled up with what lies there."""
+    q, k = qk(45, 53)
+    for scorer in (*SCORERS, masks.antidiagonal(8)):
+        apart = scorer.log_mass(strided(q), strided(k), (16, 8), 0.3)
+        assert torch.equal(apart, scorer.log_mass(q, k, (16, 8), 0.3))
+    clusters = [masks.centroid(4, 6).cluster(*pair) for pair in ((q, k), (strided(q), strided(k)))]
+    assert torch.equal(clusters[0].k_centroids, clusters[1].k_centroids)
 
 
 # ---- policies, row by row ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def calibrate(
     Args:
         q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; with ``layout`` in raster order.
         densities: shares of the pairs, in (0, 1].
-        layout: the grid of the keys' tokens. Blocks are then cut in tile order (radial's in raster order, in which its
-            bands are runs of tokens). Fewer queries than keys are those of its last frames.
+        layout: the grid of the keys' tokens. Blocks are then cut in tile order (of frame_window and radial in raster
+            order, in which they are runs of tokens). Fewer queries than keys are those of its last frames.
         block_size, scale: as in :func:`hhattn.masks.select`.
 
     Raises ValueError for a density outside (0, 1], or a layout that doesn't fit.
@@ -137,9 +138,10 @@ def _static(layout: VideoLayout, q_layout: VideoLayout, block_size: tuple[int, i
     """Static patterns at about a density, each by one number."""
     queries = range(layout.frames - q_layout.frames, layout.frames)
 
-    def build(name: str, size: Any, order: Order = "tile") -> BlockMask:
+    @cache
+    def build(name: str, size: Any, order: Order = "tile", **more: Any) -> BlockMask:
         common: dict[str, Any] = {"block_size": block_size, "order": order, "q_frames": queries}
-        mask = getattr(masks, name)(layout, size, **common)
+        mask = getattr(masks, name)(layout, size, **common, **more)
         return mask | masks.text(layout, **common) if layout.text_len else mask
 
     def window(name: str, sizes: Sequence[int]) -> Make:
@@ -148,11 +150,18 @@ def _static(layout: VideoLayout, q_layout: VideoLayout, block_size: tuple[int, i
 
         return lambda density: _bisect(make, density, 0, 1)
 
+    def frames(density: float) -> BlockMask:
+        return _bisect(lambda x: build("frame_window", round(x), "raster"), density, 0, layout.frames)
+
+    def radial(density: float) -> BlockMask:
+        width = max(1, layout.frame_len // 16)  # 128 is about that of a frame of the models it was made for
+        return _bisect(lambda x: build("radial", 2.0**x, "raster", min_width=width), density, -6, 6)
+
     return {
-        "frame_window": lambda density: _bisect(lambda x: build("frame_window", round(x)), density, 0, layout.frames),
+        "frame_window": frames,
         "sliding_tile": window("sliding_tile", layout.tile_grid),
         "neighborhood": window("neighborhood", layout.grid),
-        "radial": lambda density: _bisect(lambda x: build("radial", 2.0**x, "raster"), density, -6, 6),
+        "radial": radial,
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Share = int | float
+_ONE = 1 << 40  # a row's mass
 _P = TypeVar("_P", bound="Policy")
 
 
@@ -134,8 +135,9 @@ class top_p(Policy):
             raise ValueError(f"p={self.p}: accepted is a share of the mass, in (0, 1]")
 
     def _wanted(self, mass: Tensor, rank: Tensor) -> Tensor:
-        before = mass.cumsum(-1) - mass  # held by the better ones
-        return (before < self.p) | (self.p >= 1)
+        shares = (mass * _ONE).long()  # whole numbers add up alike on every device
+        before = shares.cumsum(-1) - shares  # held by the better ones
+        return (before < round(self.p * _ONE)) | (self.p >= 1)
 
 
 @dataclass(frozen=True)
