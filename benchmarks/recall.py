@@ -1,4 +1,4 @@
-"""docs/recall.png and the table of docs/masks.md: what each pattern keeps at a density, and where dense is faster.
+"""docs/recall.md and its picture: what each pattern keeps at a density, and where dense is faster.
 
 On queries and keys of the bundled model as it generates, and on synthetic ones like a video's: see :func:`video_like`.
 """
@@ -185,12 +185,10 @@ def main() -> None:
     if args.quick:
         return
     draw(results, DOCS / "recall.png")
-    page = DOCS / "masks.md"
-    text = page.read_text() if page.exists() else ""
-    if BEGIN in text:
-        head, rest = text.split(BEGIN)
-        tail = rest.split(END)[1]
-        page.write_text(head + BEGIN + "\n\n" + "\n\n".join(table(*r) for r in results) + "\n\n" + END + tail)
+    page = DOCS / "recall.md"
+    head, rest = page.read_text().split(BEGIN)
+    body = "\n\n".join(table(*result) for result in results)
+    page.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -164,16 +164,29 @@ class SparsityPlan:
         [B, Sq, H, Dv]. ``order`` is theirs, None that of the masks. Counts the call, which compiled code can't:
         torch.compile breaks its graph here."""
         from hhattn.ops.attention import attention
+        from hhattn.ops.block_sparse_attention import block_sparse_attention
 
         state, step, slot = self._count((name, layer), q, k)
-        density = 1.0 if step < self.dense_steps or layer in self.dense_layers else None
-        if density is None and self.density is not None:
-            density = self.density(layer, step)
         made = state.made.get(slot)
-        fresh = made is not None and step - made.step < self.every
-        if density is not None and density >= 1 and not fresh:
+        due = made is None or step - made.step >= self.every
+        density = self._density(layer, step) if due else None
+        if density is not None and density >= 1:
             return attention(q, k, v, scale=scale)
-        return self._sparse(q, k, v, state, step, slot, density, scale, order)
+        if isinstance(self.select, BlockMask):
+            return cast(Tensor, block_sparse_attention(q, k, v, self.select, scale=scale, order=order))
+        q, k, v, back = _in_order(self.select, order, q, k, v)
+        if made is None or due:
+            selector = self.select if density is None else self.select.with_density(density)
+            made = state.made[slot] = _make(selector, q, k, scale, step, made)
+        if made.clusters is not None:
+            return made.clusters.attention(q, k, v, made.mask, scale=scale)
+        return back(cast(Tensor, block_sparse_attention(q, k, v, made.mask, scale=scale)))
+
+    def _density(self, layer: int, step: int) -> float | None:
+        """The share of blocks at a step for which a mask is due; None leaves it to the selector."""
+        if step < self.dense_steps or layer in self.dense_layers:
+            return 1.0
+        return None if self.density is None else self.density(layer, step)
 
     def _count(self, key: Hashable, q: Tensor, k: Tensor) -> tuple[_State, int, int]:
         """The layer's state, the step and the place in it of this call."""
@@ -185,41 +198,6 @@ class SparsityPlan:
         step, slot = divmod(state.calls, self.calls_per_step)
         state.calls += 1
         return state, step, slot
-
-    def _sparse(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: _State,
-        step: int,
-        slot: int,
-        density: float | None,
-        scale: float | None,
-        order: Order | None,
-    ) -> Tensor:
-        from hhattn.ops.block_sparse_attention import block_sparse_attention
-
-        if isinstance(self.select, BlockMask):
-            return cast(Tensor, block_sparse_attention(q, k, v, self.select, scale=scale, order=order))
-        selector = self.select if density is None else self.select.with_density(density)
-        q_back = None
-        if order is not None and check_order("order", order) != selector.order:
-            q, k, v, q_back = _in_order(selector, q, k, v)
-        made = state.made.get(slot)
-        if made is None or step - made.step >= self.every:
-            made = state.made[slot] = self._make(selector, q, k, scale, step, made)
-        if made.clusters is not None:
-            return made.clusters.attention(q, k, v, made.mask, scale=scale)
-        out = cast(Tensor, block_sparse_attention(q, k, v, made.mask, scale=scale))
-        return out if q_back is None else q_back(out)
-
-    @staticmethod
-    def _make(selector: Selector, q: Tensor, k: Tensor, scale: float | None, step: int, before: _Made | None) -> _Made:
-        if not isinstance(selector.scorer, centroid):
-            return _Made(selector(q, k, scale=scale), step)
-        clusters = selector.scorer.cluster(q, k, None if before is None else before.clusters)
-        return _Made(clusters.select(selector.policy, selector.block_size, scale), step, clusters)
 
 
 @dataclass(frozen=True)
@@ -237,10 +215,20 @@ class LayerPlan:
         return self.plan.attend(q, k, v, self.layer, self.name, scale=scale, order=order)
 
 
+def _make(selector: Selector, q: Tensor, k: Tensor, scale: float | None, step: int, before: _Made | None) -> _Made:
+    """The mask of q and k, at a step for which it is due; ``before`` is the one that it takes the place of."""
+    if not isinstance(selector.scorer, centroid):
+        return _Made(selector(q, k, scale=scale), step)
+    clusters = selector.scorer.cluster(q, k, None if before is None else before.clusters)
+    return _Made(clusters.select(selector.policy, selector.block_size, scale), step, clusters)
+
+
 def _in_order(
-    selector: Selector, q: Tensor, k: Tensor, v: Tensor
+    selector: Selector, order: Order | None, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """q, k, v in the selector's order, and the way back."""
+    """q, k, v, which are in ``order``, in the selector's; and the way back."""
+    if order is None or check_order("order", order) == selector.order:
+        return q, k, v, lambda out: out
     layout = selector.layout
     if layout is None:
         raise ValueError(f"blocks are cut in {selector.order} order, and the selector has no layout to convert with")
