@@ -161,7 +161,11 @@ def test_two_thousand_latent_frames(sana: LongSana) -> None:
 
 
 def test_what_is_remembered_does_not_grow(sana: LongSana) -> None:
-    sizes = [sana.nbytes for _ in sana.stream(request(frames=121))]
+    sizes = []
+    for chunk in sana.stream(request(frames=121)):
+        sizes.append(sana.nbytes)
+        kept = [x for m in sana._stream.memory for x in (*(m.sums or ()), m.frame, chunk.latents)]
+        assert not any(x.requires_grad for x in kept), "a graph would hold every chunk"
     assert len(sizes) == 8
     assert len(set(sizes)) == 1
 

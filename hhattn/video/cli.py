@@ -59,7 +59,9 @@ def generate(
     size: Annotated[str, typer.Option(help=f"Height x width: {', '.join(SIZES)}.")] = "720x1280",
     fps: Annotated[float, typer.Option(help="Frames a second, 8 to 32.")] = 16.0,
     seed: Annotated[int, typer.Option(help="Chooses the path, the noise and every word the prompt leaves open.")] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps a chunk.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps a chunk; default 1, with --model its distilled four.")
+    ] = None,
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")
     ] = 1.0,
@@ -69,9 +71,24 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Of the motion prior; 1 is off.")] = 0.9,
     image: Annotated[Path | None, typer.Option(help="A picture that becomes the first frame.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The MP4 to write.")] = Path("out.mp4"),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a SANA-Video pipeline (diffusers'), instead of the bundled model.")
+    ] = None,
+    then: Annotated[
+        list[str] | None, typer.Option(help="With --model: CHUNK:PROMPT, another prompt from that chunk on.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="With --model: latent frames a chunk.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
 ) -> None:
-    """Generate a clip with the bundled model: text-to-video, or image-to-video with --image."""
+    """Generate a clip with the bundled model: text-to-video, or image-to-video with --image.
+
+    With --model, by a SANA-Video pipeline's weights; a stopped run goes on when the same is asked for again.
+    """
+    if model is not None:
+        levels = None if steps is None else int(steps)
+        long_clip(model, prompt, then or [], seconds, size, fps, seed, levels, guidance, chunk, image, output, as_json)
+        return
+    steps = 1 if steps is None else steps
     try:
         if prompt is None:
             prompt = DEMO_PROMPT if image is None else ""
@@ -107,13 +124,13 @@ def generate(
             Progress(*columns, console=console) as progress,
         ):
             task = progress.add_task("generating", total=request.frames)
-            for chunk in pipeline.stream(request, picture):
+            for part in pipeline.stream(request, picture):
                 before = time.perf_counter()
-                writer.write(chunk.frames)
+                writer.write(part.frames)
                 stages["encode"] += time.perf_counter() - before
-                for name, spent in chunk.seconds.items():
+                for name, spent in part.seconds.items():
                     stages[name] = stages.get(name, 0.0) + spent
-                progress.update(task, advance=len(chunk.frames))
+                progress.update(task, advance=len(part.frames))
                 if not console.is_terminal and (now := time.perf_counter()) - said > QUIET:
                     done, said = writer.frames, now
                     left = (now - start) * (request.frames - done) / done
@@ -139,6 +156,50 @@ def generate(
     console.print(
         f"wrote {output} in {report['seconds_wall']:.0f} s, peak memory {report['peak_rss_mb']:.0f} MB", highlight=False
     )
+    if as_json:
+        print(json.dumps(report))
+
+
+def long_clip(
+    model: Path,
+    prompt: str | None,
+    then: list[str],
+    seconds: float,
+    size: str,
+    fps: float,
+    seed: int,
+    steps: int | None,
+    guidance: float,
+    chunk: int,
+    image: Path | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """``hhattn generate --model``."""
+    from .long_clip import Clip, Job, parse_size, parse_switches
+
+    try:
+        if not prompt:
+            raise ValueError("prompt is empty; accepted with --model: what to show")
+        if importlib.util.find_spec("diffusers") is None:
+            raise ValueError("--model needs diffusers, which is not installed: pip install 'hhattn[diffusers]'")
+        prompts = parse_switches(prompt, then)
+        clip = Clip(model, prompts, seconds, parse_size(size), fps, seed, steps, guidance, chunk, image)
+        check_encoder()
+        check_writable(output)
+        keep_freed_memory()
+        job = Job(clip, output)
+    except (ValueError, FileNotFoundError) as e:
+        raise fail(e) from None
+    if job.done:
+        console.print(f"going on at frame {job.done} of {job.request.frames}", highlight=False)
+    try:
+        report = {"output": str(output), **job.run(console)}
+    except OSError as e:
+        print(f"hhattn: {output}: {e}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+    console.print(f"wrote {output} in {report['seconds_wall']:.0f} s", highlight=False)
     if as_json:
         print(json.dumps(report))
 

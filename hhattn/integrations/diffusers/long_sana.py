@@ -133,7 +133,6 @@ class LongSana:
         """Everything between two chunks, for ``torch.save`` and ``stream(request, state)``."""
         return {"stream": self._stream.state(), "at": vars(self._at).copy()}
 
-    @torch.no_grad()
     def stream(self, request: LongRequest, state: dict[str, Any] | None = None) -> Iterator[LongChunk]:
         """Generate chunk after chunk; with ``state``, those that are still to come of the same request.
 
@@ -159,6 +158,7 @@ class LongSana:
             if getattr(request, name) % unit:
                 raise ValueError(f"{name}={getattr(request, name)}: accepted are multiples of {unit}")
 
+    @torch.no_grad()  # it runs when it is asked for a chunk, so a caller's own setting wouldn't reach it
     def _chunks(self, request: LongRequest) -> Iterator[LongChunk]:
         total, at, said = self.latent_frames(request), self._at, None
         words: tuple[Tensor, Tensor] | None = None
@@ -192,8 +192,8 @@ class LongSana:
         return torch.device(self.pipeline._execution_device)
 
     def noise(self, request: LongRequest, index: int, count: int) -> tuple[Tensor, torch.Generator]:
-        """The noise [1, C, count, h, w] that chunk ``index`` begins with, and the generator that drew it: both depend on
-        the seed and the index alone."""
+        """The noise [1, C, count, h, w] that chunk ``index`` begins with, and the generator that drew it. Both depend
+        on the seed and the index alone."""
         generator = torch.Generator().manual_seed((request.seed << 20) + index)
         scale, channels = int(self.pipeline.vae_scale_factor_spatial), self.pipeline.transformer.config.in_channels
         shape = (1, channels, count, request.height // scale, request.width // scale)
@@ -235,7 +235,7 @@ class LongSana:
     def _predict(
         self, latents: Tensor, t: Tensor, words: tuple[Tensor, Tensor], request: LongRequest, first: Tensor | None
     ) -> Tensor:
-        """The model's velocity for a chunk at noise level t, guided. Given ``first``, its first latent frame is clean."""
+        """The model's velocity for a chunk at noise level t, guided. With ``first`` its first latent frame is clean."""
         model, guided = self.pipeline.transformer, request.guidance > 1
         x = torch.cat([latents] * 2) if guided else latents
         t = t.to(self._device).expand(len(x))
