@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 from hhattn import VideoLayout, masks
 from hhattn.cli import app
 from hhattn.masks import _draw
+
+DOCS = (Path(__file__).parents[1] / "docs" / "masks.md").read_text()
 
 
 def run(*args: str) -> str:
@@ -78,6 +82,22 @@ def test_keys_that_are_drawn_are_the_query_s(order: str) -> None:
     assert (len(far), far[0], far[-3:]) == (12, 0, [36, 38, 39])
     assert _draw._chosen_frames(torch.ones(13, 2, 2, dtype=torch.bool), 0) == [*range(11), 12]
     assert _draw._chosen_frames(torch.zeros(40, 2, 2, dtype=torch.bool), 7) == [7]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_page_s_code_runs(number: int) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", DOCS, re.S)
+    assert len(blocks) == 3
+    exec(compile(blocks[number], f"docs/masks.md, block {number}", "exec"), {"__name__": "masks"})
+
+
+def test_the_page_s_pictures_are_there_and_their_commands_work() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)\n\n`hhattn masks (show [^`]+) -o docs/([^`]+)`", DOCS)
+    assert len(pictures) == DOCS.count("![")
+    for picture, command, output in pictures:
+        assert picture == output
+        assert (Path(__file__).parents[1] / "docs" / picture).exists()
+        assert json.loads(run(*shlex.split(command), "--json"))["density"] > 0
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,29 @@ def test_tables_handled_in_parts_give_the_same_mask(monkeypatch: pytest.MonkeyPa
         assert_sound(b())
 
 
+def test_building_is_exact_whatever_the_precision_of_products() -> None:
+    """Under autocast, with products in bfloat16, in another default dtype, without gradients: all of them a model's."""
+    layout = VideoLayout(5, 16, 18, tile=(1, 8, 8))
+
+    def build() -> BlockMask:
+        return masks.neighborhood(layout, (3, 15, 13), block_size=(80, 96))
+
+    expected = build().to_dense()
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for default in (torch.float32, torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.no_grad()):
+                with context:
+                    mask = build()
+                assert torch.equal(mask.to_dense(), expected)
+                assert_sound(mask)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(dtype)
+
+
 @pytest.mark.parametrize(
     ("options", "shape"),
     [

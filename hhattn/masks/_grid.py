@@ -23,7 +23,7 @@ from hhattn.masks._blocks import Lists, Shape, make_shape
 from hhattn.masks.block_mask import BlockMask, stack
 
 _ROWS = 64  # block rows handled at once,
-_TABLE = 1 << 21  # entries of a table of triples or of counts,
+_TABLE = 1 << 20  # entries of a table of triples or of counts,
 _BYTES = 1 << 22  # bytes of bits drawn: few enough for caches, and for a peak of some 10 MB
 
 Places = Callable[[], Tensor]
@@ -110,29 +110,30 @@ def _windows(frames: Tensor, q: _Side, k: _Side) -> tuple[Tensor, Tensor]:
     return every[first], window.view(len(q.bases), len(k.bases))
 
 
-def _tokens_at(side: _Side, outlines: slice, n: int) -> Tensor:
-    """float [depths, outlines, n]: tokens that an outline has at a depth and a place."""
+def _tokens_at(side: _Side, outlines: slice, n: int) -> tuple[Tensor, Tensor]:
+    """(pairs (depth, outline) with any token, int64 [R] as depth * outlines + outline; float64 [R, n], how many of
+    theirs are at each place)."""
     place, depth = side.place[outlines], side.depth[outlines]
-    at = (depth * len(place) + torch.arange(len(place))[:, None]) * n + place
-    count = torch.zeros((side.depths + 1) * len(place) * n)
-    return count.scatter_add_(0, at.flatten(), torch.ones(at.numel())).view(-1, len(place), n)[: side.depths]
+    pair = (depth * len(place) + torch.arange(len(place))[:, None]).flatten()
+    distinct, row = _bits.unique_numbers(pair, (side.depths + 1) * len(place))
+    count = torch.zeros(len(distinct) * n, dtype=torch.float64)
+    count.scatter_add_(0, row * n + place.flatten(), torch.ones_like(count[:1]).expand(len(row)))
+    there = distinct < side.depths * len(place)
+    return distinct[there], count.view(-1, n)[there]
 
 
 def _count(windows: Tensor, places: Sequence[Places], q: _Side, k: _Side, outlines: slice, n: int) -> Tensor:
-    """float [W, outlines of q, outlines of k]: pairs attended, exact below 2^24. Summed over pairs of depths, each of
-    the class that the window says."""
-    left, right = _tokens_at(q, outlines, n), _tokens_at(k, slice(None), n)
-    shape = (len(places), q.depths, left.shape[1], k.depths, right.shape[1])
-    pairs = torch.zeros(shape)
-    rows, columns = left.flatten(0, 1), right.flatten(0, 1)
-    some_row, some_column = rows.any(1).nonzero(), columns.any(1).nonzero().squeeze(1)
-    rows, columns = rows[some_row.squeeze(1)], columns[some_column].T.contiguous()
+    """float64 [W, outlines of q, outlines of k]: pairs attended. Summed over pairs of depths, each of the class that
+    the window says. In float64, which neither autocast nor a lower precision of products touches, they are exact."""
+    (row, left), (column, right) = _tokens_at(q, outlines, n), _tokens_at(k, slice(None), n)
+    size = (len(q.place[outlines]), len(k.place))
+    pairs = left.new_zeros(len(places), q.depths, size[0], k.depths, size[1])
+    right = right.T.contiguous()
     for c, related in enumerate(places):
-        seen = [part.float() @ columns for part in related().split(max(1, (1 << 18) // n))]
-        pairs[c].view(shape[1] * shape[2], -1)[some_row, some_column] = rows @ torch.cat(seen)
-    of_class = torch.stack([windows == c for c in range(1, len(places) + 1)], 1).flatten(1).float()
-    total = of_class @ pairs.transpose(2, 3).reshape(of_class.shape[1], -1)
-    return total.view(len(windows), shape[2], shape[4])
+        seen = torch.cat([part.double() @ right for part in related().split(max(1, (1 << 18) // n))])
+        pairs[c].view(q.depths * size[0], -1)[row[:, None], column] = left @ seen
+    of_class = torch.stack([windows == c for c in range(1, len(places) + 1)], 1).flatten(1).double()
+    return (of_class @ pairs.transpose(2, 3).reshape(of_class.shape[1], -1)).view(len(windows), *size)
 
 
 def _canonical(windows: Tensor, q: _Side, k: _Side, outlines: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -29,8 +29,9 @@ def temporal(
         . # . .    . q . .    . # . .
         . . . .    . . . .    . . . .
 
-    In raster order a block holds many places and one frame, so few pairs of each block that it touches are attended;
-    a layout whose tile is long in time, with ``order="tile"``, gathers them: tiles (16, 2, 2) touch 4 times fewer.
+    In raster order a block holds many places and one frame, so few pairs of each block that it touches are attended. A
+    layout whose tile is long in time, with ``order="tile"``, gathers them: of 240x23x40 tokens, tiles of (16, 2, 2)
+    touch 30 times fewer.
     """
     frames = torch.ones(layout.frames, layout.frames, dtype=torch.uint8)
     pattern = Pattern(frames, [lambda: torch.eye(layout.frame_len, dtype=torch.bool)])
