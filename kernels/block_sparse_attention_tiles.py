@@ -37,7 +37,7 @@ _HALF: dict[str, dict[int, dict[int, Tile]]] = {
         80: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         86: {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)},
         90: {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-        100: {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+        100: {64: Tile(128, 64, 8, 3), 127: Tile(64, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
         0: {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     },
     "dkv": {
@@ -77,6 +77,16 @@ def fit(block: int, most: int, least: int = 16) -> int:
     return min(sizes, key=lambda size: (-(-block // size) * size, -size))
 
 
+def _keys(arch: int, m: int, n: int, bq: int, bk: int) -> int:
+    """Keys of a forward's tile m x n for more than 64 dims: fewer where it isn't a whole block, since where it begins
+    and ends takes registers; as few as it takes not to spill."""
+    if arch == 100 and (m, n) != (bq, bk):
+        return min(n, 64)
+    if arch == 90 and m < 64 and (bq % m or bk % n):
+        return min(n, 32)
+    return n
+
+
 def positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """(q', scale', sign) with scale' > 0, the same scores, and q' = sign · q: the largest product is then the largest
     score. A scale that isn't positive is rare, and costs a pass over q here instead of registers in the kernels."""
@@ -97,10 +107,13 @@ def tile_options(kind: str, q: Tensor, v: Tensor, bq: int, bk: int) -> dict[str,
     table = _SINGLE[kind] if q.dtype == torch.float32 else _HALF[kind][architecture(q)]
     tile = next(tile for most, tile in table.items() if max(q.shape[-1], v.shape[-1]) <= most)
     m, n = fit(bq, tile.m), fit(bk, tile.n)
+    warps = max(min(4, tile.warps), tile.warps * m * n // (tile.m * tile.n))
+    if kind == "forward" and q.dtype != torch.float32 and max(dims) > 64:
+        n = _keys(architecture(q), m, n, bq, bk)
     return {
         "DIM": q.shape[-1], "V_DIM": v.shape[-1], "BLOCK_D": dims[0], "BLOCK_V": dims[1],
         "BQ": bq, "BK": bk, "BLOCK_M": m, "BLOCK_N": n, "PRECISION": precision(q),
-        "num_warps": max(min(4, tile.warps), tile.warps * m * n // (tile.m * tile.n)), "num_stages": tile.stages,
+        "num_warps": warps, "num_stages": tile.stages,
     }  # fmt: skip
 
 
