@@ -191,14 +191,14 @@ def _query(layout: VideoLayout, text: str) -> tuple[int, int, int]:
 
 
 def _option(text: str) -> tuple[str, Any]:
-    """``name=value``: a number, true or false, numbers with commas between, or several such with semicolons."""
+    """``name=value``: a number, true or false, numbers with commas between or behind, several such with semicolons."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"option={text}: accepted is name=value")
-    lists = [[_value(name, v) for v in part.split(",")] for part in value.split(";")]
+    lists = [tuple(_value(name, v) for v in part.removesuffix(",").split(",")) for part in value.split(";")]
     if len(lists) > 1:
-        return name, [tuple(one) for one in lists]
-    return name, tuple(lists[0]) if len(lists[0]) > 1 else lists[0][0]
+        return name, lists
+    return name, lists[0] if "," in value else lists[0][0]
 
 
 def _value(name: str, text: str) -> Any:

@@ -59,6 +59,13 @@ def test_show_reports_the_mask_that_python_builds() -> None:
     assert 0 < report["build_seconds"] < 60
 
 
+def test_an_option_may_be_a_list_of_one() -> None:
+    one = json.loads(run("show", "text", "--grid", "2x3x4", "--text", "5", "--option", "text_lens=2,", "--json"))
+    two = json.loads(run("show", "text", "--grid", "2x3x4", "--text", "5", "--option", "text_lens=2,5", "--json"))
+    assert (one["batch"], two["batch"]) == (1, 2)
+    assert one["density"] == pytest.approx((26**2 - 24**2) / 29**2)
+
+
 def test_show_prints_a_table_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "mask.png"
     text = run("show", "radial", "--grid", "20x4x5", "--option", "min_width=2", "-o", str(picture))

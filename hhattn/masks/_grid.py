@@ -377,7 +377,7 @@ def _numbers(layout: VideoLayout, frames: Sequence[int] | None) -> Tensor:
 def _text_lens(layout: VideoLayout, text_lens: Sequence[int] | None) -> list[int]:
     if text_lens is None:
         return [layout.text_len]
-    lens = [int(n) for n in text_lens]
+    lens = [] if isinstance(text_lens, int) else [int(n) for n in text_lens]
     if not lens or not all(0 <= n <= layout.text_len for n in lens):
         raise ValueError(f"text_lens={text_lens}: accepted are lengths of 0 ... {layout.text_len}, one a batch entry")
     return lens

@@ -50,6 +50,7 @@ def sliding_tile(
 
 
 def _windows(window: Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    window = (window,) if isinstance(window, int) else window  # a number alone is refused like two of them
     shared = [w for w in window if isinstance(w, int)]
     sizes = [tuple(shared)] if shared else [tuple(w) for w in window if not isinstance(w, int)]
     if not sizes or any(len(w) != 3 or min(w) < 1 for w in sizes):
