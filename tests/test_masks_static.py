@@ -176,7 +176,7 @@ def test_refusals_name_the_argument() -> None:
     for message, build in {
         r"window=\(1, 0, 1\).*at least 1": lambda: masks.sliding_tile(layout, (1, 0, 1)),
         r"window=\[\].*three sizes": lambda: masks.sliding_tile(layout, []),
-        r"window=3.*three sizes": lambda: masks.sliding_tile(layout, 3),
+        r"window=\(3,\).*three sizes": lambda: masks.sliding_tile(layout, 3),
         r"text_lens=3.*one a batch entry": lambda: masks.text(layout, text_lens=3),
         r"kernel_size=\(3, 3\).*each axis": lambda: masks.neighborhood(layout, (3, 3)),
         r"kernel_size=\[\].*three sizes": lambda: masks.neighborhood(layout, []),
