@@ -381,6 +381,10 @@ def test_refusals_name_what_came_and_what_is_accepted() -> None:
         (lambda: masks.select(q[:, :, :3], k, scorer, policy), "k must have q's batch and head dim and a divisor"),
         (lambda: masks.select(q, k, scorer, policy, keep=other), "keep is for 20x20 tokens in blocks of"),
         (lambda: masks.select(q, k, scorer, policy, block_size=(0, 8)), "block_size="),
+        (
+            lambda: masks.select(q, q[:, :, :2], scorer, policy, block_size=(8, 8), keep=other, order="tile"),
+            "keep is of tokens in raster order, and order='tile': accepted is one order",
+        ),
         (lambda: masks.select(q, k, scorer, policy, order="x"), 'order=\'x\': accepted are "raster" and "tile"'),
     ]
     for call, message in refused:

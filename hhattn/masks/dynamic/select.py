@@ -71,10 +71,10 @@ def select(
             tokens in tile order (``layout.to_tiles(q)``) are compact boxes of the video, and select better.
 
     Raises:
-        ValueError: shapes that don't fit one another, a mask for other tokens or blocks, or an unknown order.
+        ValueError: shapes that don't fit one another, a mask for other tokens, blocks or order, an unknown order.
     """
-    shape = _checked(q, k, block_size, keep, within)
     check_order("order", order)
+    shape = _checked(q, k, block_size, order, keep, within)
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
     def log_mass(heads: slice, kv: slice) -> Tensor:
@@ -131,7 +131,12 @@ def _heads(n_q: int, n_kv: int, most: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _checked(
-    q: Tensor, k: Tensor, block_size: tuple[int, int], keep: BlockMask | None, within: BlockMask | None
+    q: Tensor,
+    k: Tensor,
+    block_size: tuple[int, int],
+    order: str,
+    keep: BlockMask | None,
+    within: BlockMask | None,
 ) -> Shape:
     for name, x in (("q", q), ("k", k)):
         if x.ndim != 4:
@@ -149,6 +154,8 @@ def _checked(
                 f"{name} is for {mask.q_len}x{mask.k_len} tokens in blocks of {mask.block_size}, "
                 f"q and k are {shape.q_len}x{shape.k_len} in blocks of {(shape.bq, shape.bk)}"
             )
+        if mask.order != order:
+            raise ValueError(f"{name} is of tokens in {mask.order} order, and order={order!r}: accepted is one order")
         batch, heads = mask.kv_num_blocks.shape[:2]
         if batch not in (1, q.shape[0]) or heads not in (1, q.shape[2]):
             raise ValueError(
