@@ -91,16 +91,17 @@ def test_keys_that_are_drawn_are_the_query_s(order: str) -> None:
     assert _draw._chosen_frames(torch.zeros(40, 2, 2, dtype=torch.bool), 7) == [7]
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(5))
 def test_the_page_s_code_runs(number: int) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCS, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     exec(compile(blocks[number], f"docs/masks.md, block {number}", "exec"), {"__name__": "masks"})
 
 
 def test_the_page_s_pictures_are_there_and_their_commands_work() -> None:
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)\n\n`hhattn masks (show [^`]+) -o docs/([^`]+)`", DOCS)
-    assert len(pictures) == DOCS.count("![")
+    assert len(pictures) == DOCS.count("![") - DOCS.count("](recall.png)")  # which benchmarks/recall.py makes
+    assert (Path(__file__).parents[1] / "docs" / "recall.png").exists()
     for picture, command, output in pictures:
         assert picture == output
         assert (Path(__file__).parents[1] / "docs" / picture).exists()
