@@ -240,6 +240,19 @@ def test_attention_under_a_selection_is_attention_under_its_dense_form(impl: str
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_a_selection_combines_and_converts_like_any_mask() -> None:
+    q, k = qk(45, 53)
+    mask = masks.select(q, k, masks.mean_pool(), masks.top_p(0.6), block_size=(16, 8))
+    dense = torch.rand(1, 4, 45, 53, generator=torch.Generator().manual_seed(0)) < 0.5
+    other = BlockMask.from_dense(dense, (16, 8))
+    assert torch.equal((mask & other).to_dense(), mask.to_dense() & dense)
+    assert torch.equal((mask | other).to_dense(), mask.to_dense() | dense)
+    assert torch.equal((~mask).to_dense(), ~mask.to_dense())
+    assert torch.equal(BlockMask.from_flex(mask.to_flex()).to_dense(), mask.to_dense())
+    assert mask.density == pytest.approx(float(mask.to_dense().float().mean()))
+    assert mask.flops(8, batch=2, heads=4) == int(mask.to_dense().sum()) * 32
+
+
 def test_a_window_always_kept_and_blocks_of_tile_order() -> None:
     layout = VideoLayout(3, 7, 9, tile=(1, 4, 4), text_len=5)
     q, k = qk(layout.seq_len, layout.seq_len)

@@ -44,13 +44,14 @@ class antidiagonal:
         queries, q_counts = self._groups(q, reverse=True)
         keys, k_counts = self._groups(k, reverse=False)
         n_kv, nk, per_key = keys.shape[1], -(-k.shape[1] // bk), bk // stride
-        queries = queries.unflatten(1, (n_kv, -1))
+        queries = queries.unflatten(1, (n_kv, -1)) * (scale / stride)  # before the sum, which float16 couldn't hold
         # whole query blocks at a time, as many as keep the scores in flight few
         per_query = bq // stride
         step = max(1, _SCORES // (q.shape[0] * q.shape[2] * len(k_counts) * per_query)) * per_query
         rows = []
         for part, weight in zip(queries.split(step, 3), q_counts.split(step), strict=True):
-            scores = (part @ keys[:, :, None].transpose(-1, -2)).float().mul_(scale / stride)
+            # heads of a group are more rows of one product
+            scores = (part.flatten(2, 3) @ keys.transpose(-1, -2)).float().unflatten(2, part.shape[2:4])
             mass = scores.add_(k_counts.log()).softmax(-1)
             mass = F.pad(mass, (0, nk * per_key - mass.shape[-1])).unflatten(-1, (nk, per_key)).sum(-1)
             rows.append(_block_means(mass, weight, per_query))
