@@ -31,6 +31,7 @@ from hhattn.kernels.sparse_linear_attention_pairs import (
     outputs,
     pairs_of,
     part_options,
+    rows_and_warps,
     weights,
 )
 
@@ -251,11 +252,12 @@ def _launch_gradients(
 ) -> None:
     (batch, tokens, heads, dim), v_dim = x.shape, y.shape[3]
     t, blocks = tiles_of(x, v_dim), triton.cdiv(tokens, size)
-    rows = min(t.tokens, max(16, triton.next_power_of_2(size)))
+    rows, warps = rows_and_warps(x, t, size)
     _gradients[(batch * blocks * triton.cdiv(size, rows), heads)](
         x, y, factor, weight, *states, dphi, dx, *x.stride()[:3], *y.stride()[:3], *dx.stride()[:3],
         tokens, blocks, heads,
-        DIM=dim, V_DIM=v_dim, PHI=phi, SIZE=size, BLOCK_T=rows, BLOCK_D=t.dim, BLOCK_V=t.v_dim, num_warps=t.warps,
+        DIM=dim, V_DIM=v_dim, PHI=phi, SIZE=size, BLOCK_T=rows, BLOCK_D=t.dim, BLOCK_V=t.v_dim,
+        num_warps=warps,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hhattn.kernels.block_linear_attention import tile, tiles_of
+from hhattn.kernels.block_linear_attention import Tiles, tile, tiles_of
 from hhattn.kernels.block_sparse_attention_tiles import kept
 from hhattn.kernels.feature_map import mapped, product, tf32
 from hhattn.masks._bits import popcount
@@ -212,6 +212,13 @@ def _outputs(
     tl.store(to, acc.to(out.dtype.element_ty), mask=inside)
 
 
+def rows_and_warps(x: Tensor, t: Tiles, size: int) -> tuple[int, int]:
+    """Of a program that holds a state and rows of ``x`` of a block of ``size``. The parts of TF32 that float32 goes in
+    take twice the registers of others."""
+    most, warps = (min(t.tokens, 32), 8) if x.dtype == torch.float32 else (t.tokens, t.warps)
+    return min(most, max(16, triton.next_power_of_2(size))), warps
+
+
 def outputs(
     q: Tensor,
     kv: Tensor,
@@ -227,9 +234,10 @@ def outputs(
     """Writes out [B, S, H, Dv] and den [B, H, S], from states of blocks of ``size`` rows of q and sums over parts."""
     (batch, tokens, heads, dim), v_dim = q.shape, out.shape[3]
     t, blocks = tiles_of(q, v_dim), triton.cdiv(tokens, size)
-    rows = min(t.tokens, max(16, triton.next_power_of_2(size)))
+    rows, warps = rows_and_warps(q, t, size)
     _outputs[(batch * blocks * triton.cdiv(size, rows), heads, triton.cdiv(v_dim, t.v_dim))](
         q, kv, k_sum, sums, total, out, den, *q.stride()[:3], *out.stride()[:3],
         *((0, 0) if den is None else den.stride()[:2]), tokens, blocks, heads, eps,
-        DIM=dim, V_DIM=v_dim, PHI=phi, BQ=size, BLOCK_T=rows, BLOCK_D=t.dim, BLOCK_V=t.v_dim, num_warps=t.warps,
+        DIM=dim, V_DIM=v_dim, PHI=phi, BQ=size, BLOCK_T=rows, BLOCK_D=t.dim, BLOCK_V=t.v_dim,
+        num_warps=warps,
     )  # fmt: skip
