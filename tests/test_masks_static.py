@@ -113,7 +113,7 @@ def test_tables_handled_in_parts_give_the_same_mask(monkeypatch: pytest.MonkeyPa
     build = [lambda: masks.radial(layout, min_width=5, block_size=(16, 8), order=order)]
     build.append(lambda: masks.neighborhood(layout, [(3, 3, 3), (1, 5, 2)], block_size=(8, 24), order=order))
     whole = [b() for b in build]
-    for name in ("_TABLE", "_BYTES", "_ROWS"):
+    for name in ("_TABLE", "_BITS", "_BYTES", "_ROWS"):
         monkeypatch.setattr(_grid, name, limit)
     for one, b in zip(whole, build, strict=True):
         assert torch.equal(b().to_dense(), one.to_dense())

@@ -10,7 +10,6 @@ lie in; each such triple is counted and drawn once. No array of tokens x tokens,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,11 +18,13 @@ from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout, check_order
 from hhattn.masks import _bits, _blocks
+from hhattn.masks._arguments import frame_numbers, part_of, text_lengths
 from hhattn.masks._blocks import Lists, Shape, make_shape
 from hhattn.masks.block_mask import BlockMask, stack
 
 _ROWS = 64  # block rows handled at once,
 _TABLE = 1 << 20  # entries of a table of triples or of counts,
+_BITS = 1 << 26  # bytes of the keys' bits; a frame of a thousand places takes a few MB,
 _BYTES = 1 << 22  # bytes of bits drawn: few enough for caches, and for a peak of some 10 MB
 
 Places = Callable[[], Tensor]
@@ -110,29 +111,45 @@ def _windows(frames: Tensor, q: _Side, k: _Side) -> tuple[Tensor, Tensor]:
     return every[first], window.view(len(q.bases), len(k.bases))
 
 
-def _tokens_at(side: _Side, outlines: slice, n: int) -> tuple[Tensor, Tensor]:
-    """(pairs (depth, outline) with any token, int64 [R] as depth * outlines + outline; float64 [R, n], how many of
-    theirs are at each place)."""
+class _Bags(NamedTuple):
+    """Tokens by (depth, outline) pair: pairs that have any, int64 [R] as depth * outlines + outline; places of their
+    tokens, one pair after the other; where each pair's begin."""
+
+    pairs: Tensor
+    places: Tensor
+    offsets: Tensor
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """[R, c]: the sum of ``rows`` [n, c] over each pair's places."""
+        return F.embedding_bag(self.places, rows, self.offsets, mode="sum")
+
+
+def _bags(side: _Side, outlines: slice) -> _Bags:
     place, depth = side.place[outlines], side.depth[outlines]
-    pair = (depth * len(place) + torch.arange(len(place))[:, None]).flatten()
-    distinct, row = _bits.unique_numbers(pair, (side.depths + 1) * len(place))
-    count = torch.zeros(len(distinct) * n, dtype=torch.float64)
-    count.scatter_add_(0, row * n + place.flatten(), torch.ones_like(count[:1]).expand(len(row)))
-    there = distinct < side.depths * len(place)
-    return distinct[there], count.view(-1, n)[there]
+    there = (depth < side.depths).flatten()
+    pair = (depth * len(place) + torch.arange(len(place))[:, None]).flatten()[there]
+    pair, order = pair.sort(stable=True)
+    pairs, counts = torch.unique_consecutive(pair, return_counts=True)
+    return _Bags(pairs, place.flatten()[there][order], counts.cumsum(0) - counts)
 
 
-def _count(windows: Tensor, places: Sequence[Places], q: _Side, k: _Side, outlines: slice, n: int) -> Tensor:
+def _seen(places: Sequence[Places], keys: _Bags, n: int, exact: torch.dtype) -> list[Tensor]:
+    """For each class, [n, R]: how many keys of each (depth, outline) pair a place attends."""
+    seen = []
+    for related in places:
+        parts = related().split(max(1, (1 << 20) // n))
+        seen.append(torch.cat([keys.sum(part.T.to(exact, memory_format=torch.contiguous_format)) for part in parts], 1))
+    return [x.T.contiguous() for x in seen]
+
+
+def _count(windows: Tensor, seen: list[Tensor], keys: _Bags, q: _Side, k: _Side, outlines: slice) -> Tensor:
     """float64 [W, outlines of q, outlines of k]: pairs attended. Summed over pairs of depths, each of the class that
-    the window says. In float64, which neither autocast nor a lower precision of products touches, they are exact."""
-    (row, left), (column, right) = _tokens_at(q, outlines, n), _tokens_at(k, slice(None), n)
-    size = (len(q.place[outlines]), len(k.place))
-    pairs = left.new_zeros(len(places), q.depths, size[0], k.depths, size[1])
-    right = right.T.contiguous()
-    for c, related in enumerate(places):
-        seen = torch.cat([part.double() @ right for part in related().split(max(1, (1 << 18) // n))])
-        pairs[c].view(q.depths * size[0], -1)[row[:, None], column] = left @ seen
-    of_class = torch.stack([windows == c for c in range(1, len(places) + 1)], 1).flatten(1).double()
+    the window says. Sums of whole numbers, and a product that neither autocast nor a setting makes less exact."""
+    queries, size = _bags(q, outlines), (len(q.place[outlines]), len(k.place))
+    pairs = torch.zeros(len(seen), q.depths, size[0], k.depths, size[1], dtype=torch.float64)
+    for c, rows in enumerate(seen):
+        pairs[c].view(q.depths * size[0], -1)[queries.pairs[:, None], keys.pairs] = queries.sum(rows).double()
+    of_class = torch.stack([windows == c for c in range(1, len(seen) + 1)], 1).flatten(1).double()
     return (of_class @ pairs.transpose(2, 3).reshape(of_class.shape[1], -1)).view(len(windows), *size)
 
 
@@ -215,15 +232,14 @@ def _draw(windows: Tensor, triples: _Triples, q: _Side, bits: _Keys) -> Tensor:
 
 
 def _draw_distinct(
-    windows: Tensor, triples: _Triples, places: Sequence[Places], n: int, q: _Side, k: _Side
+    windows: Tensor, triples: _Triples, places: Sequence[Places], n: int, q: _Side, k: _Side, whole: _Keys | None
 ) -> tuple[Tensor, Tensor]:
-    """(table of the triples' tiles, int64 [P] each one's place in it)."""
-    width = -(-k.place.shape[1] // 8)
-    step = max(1, _BYTES // (len(places) * n * width))
+    """(table of the triples' tiles, int64 [P] each one's place in it), with bits of all keys where there is room."""
+    width, step = -(-k.place.shape[1] // 8), len(k.place) if whole else _step(places, n, k)
     count = max(1, _BYTES // (4 * q.place.shape[1] * width))
     tables, place, found = [], torch.empty_like(triples.keys), 0
     for first in range(0, len(k.place), step):
-        bits = _keys(places, k, slice(first, first + step))
+        bits = whole or _keys(places, k, slice(first, first + step))
         for some in ((triples.keys >= first) & (triples.keys < first + step)).nonzero().squeeze(1).split(count):
             part = _Triples(*(x[some] for x in triples))
             table, at = _bits.unique_tiles(_draw(windows, part._replace(keys=part.keys - first), q, bits))
@@ -232,6 +248,11 @@ def _draw_distinct(
             found += len(table)
     table, at = _bits.unique_tiles(torch.cat(tables))
     return table, at[place]
+
+
+def _step(places: Sequence[Places], n: int, k: _Side) -> int:
+    """Outlines of keys whose bits are made at once."""
+    return max(1, _BITS // (len(places) * n * -(-k.place.shape[1] // 8)))
 
 
 def _parts(n_windows: int, n_classes: int, q: _Side, k: _Side) -> Iterator[slice]:
@@ -247,8 +268,11 @@ def _lists_of(pattern: Pattern, q: _Side, k: _Side, n: int, shape: Shape) -> tup
     full = torch.zeros(shape.nq, shape.nk, dtype=torch.bool)
     rows: list[_Rows] = []
     tables = [torch.zeros(0, shape.bq, -(-shape.bk // 8), dtype=torch.uint8)]
+    keys = _bags(k, slice(None))
+    seen = _seen(pattern.places, keys, n, torch.float32 if shape.bq * shape.bk < 1 << 24 else torch.float64)
+    whole = _keys(pattern.places, k, slice(None)) if _step(pattern.places, n, k) >= len(k.place) else None
     for part in _parts(len(windows), len(pattern.places), q, k):
-        pairs = _count(windows, pattern.places, q, k, part, n)
+        pairs = _count(windows, seen, keys, q, k, part)
         code = (pairs == shape.bq * shape.bk).int()  # 0 is empty, 1 full, 2 + i triple i
         cleared, triples = _number(windows, (pairs > 0) & (code == 0), code, q, k, part)
         found = list(_look_up(code, window, part, q, k, full))
@@ -256,7 +280,7 @@ def _lists_of(pattern: Pattern, q: _Side, k: _Side, n: int, shape: Shape) -> tup
         for some in found:
             occurs[some.tiles] = True
         occurring = _Triples(*(x[occurs] for x in triples))
-        table, place = _draw_distinct(cleared, occurring, pattern.places, n, q, k)
+        table, place = _draw_distinct(cleared, occurring, pattern.places, n, q, k, whole)
         tile = torch.zeros(len(occurs), dtype=torch.int32).masked_scatter_(occurs, place.int() + sum(map(len, tables)))
         while found:
             some = found.pop()
@@ -329,11 +353,11 @@ def static_mask(
     """What builders share: the mask of ``patterns``, one a head, of those frames of ``layout`` that are there; with
     ``text_lens``, one for each batch entry, of whose text only so many tokens are no padding."""
     check_order("order", order)
-    q_layout, k_layout = (_part(layout, name, f) for name, f in (("q_frames", q_frames), ("k_frames", k_frames)))
+    q_layout, k_layout = (part_of(layout, name, f) for name, f in (("q_frames", q_frames), ("k_frames", k_frames)))
     shape = make_shape(q_layout.seq_len, k_layout.seq_len, block_size)
-    numbers = [_numbers(layout, frames) for frames in (q_frames, k_frames)]
+    numbers = [frame_numbers(layout, frames) for frames in (q_frames, k_frames)]
     made = []
-    for text_len in _text_lens(layout, text_lens):
+    for text_len in text_lengths(layout, text_lens):
         q = k = _side(q_layout, order, shape.bq, text_len)
         if (q_layout, shape.bq) != (k_layout, shape.bk):
             k = _side(k_layout, order, shape.bk, text_len)
@@ -357,27 +381,3 @@ def _shared(made: Sequence[tuple[Lists, Tensor]]) -> tuple[list[Lists], Tensor]:
         tiles = torch.zeros_like(tiles).masked_scatter_(listed, at[tiles[listed]])
         shared.append((counts, columns, tiles, full_counts, full_columns))
     return shared, table
-
-
-def _part(layout: VideoLayout, name: str, frames: Sequence[int] | None) -> VideoLayout:
-    """The layout of the given frames of ``layout``; default: all of it."""
-    if frames is None:
-        return layout
-    if not len(frames) or not all(0 <= int(f) < layout.frames for f in frames):
-        raise ValueError(f"{name}={frames}: accepted are one or more frames of 0 ... {layout.frames - 1}")
-    return replace(layout, frames=len(frames))
-
-
-def _numbers(layout: VideoLayout, frames: Sequence[int] | None) -> Tensor:
-    """Numbers of the frames that are there, text's (one more than all) before them or after as in the layout."""
-    numbers = list(range(layout.frames)) if frames is None else [int(f) for f in frames]
-    return torch.tensor([layout.frames, *numbers] if layout.text_first else [*numbers, layout.frames])
-
-
-def _text_lens(layout: VideoLayout, text_lens: Sequence[int] | None) -> list[int]:
-    if text_lens is None:
-        return [layout.text_len]
-    lens = [] if isinstance(text_lens, int) else [int(n) for n in text_lens]
-    if not lens or not all(0 <= n <= layout.text_len for n in lens):
-        raise ValueError(f"text_lens={text_lens}: accepted are lengths of 0 ... {layout.text_len}, one a batch entry")
-    return lens

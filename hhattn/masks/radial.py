@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from hhattn.layout import Order, VideoLayout
 from hhattn.masks._grid import Pattern, Places, everywhere, static_mask
@@ -81,8 +80,4 @@ def _width(distance: int, n: int, decay: float, min_width: int) -> int:
 
 
 def _band(n: int, width: int) -> Places:
-    def places() -> Tensor:
-        place = torch.arange(n)
-        return (place[:, None] - place).abs() <= width
-
-    return places
+    return lambda: torch.ones(n, n, dtype=torch.bool).tril_(width).triu_(-width)
