@@ -137,7 +137,7 @@ def _seen(places: Sequence[Places], keys: _Bags, n: int, exact: torch.dtype) -> 
     """For each class, [n, R]: how many keys of each (depth, outline) pair a place attends."""
     seen = []
     for related in places:
-        parts = related().split(max(1, (1 << 20) // n))
+        parts = related().split(max(1, (1 << 18) // n))
         seen.append(torch.cat([keys.sum(part.T.to(exact, memory_format=torch.contiguous_format)) for part in parts], 1))
     return [x.T.contiguous() for x in seen]
 
