@@ -20,7 +20,7 @@ _TENSORS = "q, k and v, each [batch, tokens, heads, head dim]"
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A .safetensors file with q, k and v, batch x tokens x heads x head dim.")],
+    file: Annotated[Path, typer.Argument(help="A .safetensors file with q, k, v: batch x tokens x heads x head dim.")],
     density: Annotated[str, typer.Option(help="Shares of the pairs to keep.")] = "0.1,0.25,0.5",
     grid: Annotated[str, typer.Option(help="Frames, rows and columns of the keys; without it only selectors.")] = "",
     tile: Annotated[str, typer.Option(help="Tile of the grid.")] = "4x4x4",
