@@ -74,9 +74,14 @@ def show(
         start = time.perf_counter()
         mask = combine(layout, pattern, option or [], common)
         seconds = time.perf_counter() - start
+        for name, value, least in (("head_dim", head_dim, 1), ("heads", heads, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value}: accepted is {least} or more")
+        at = _query(layout, query)
+        if not 0 <= head < mask.kv_num_blocks.shape[1]:
+            raise ValueError(f"head={head}: accepted are 0 ... {mask.kv_num_blocks.shape[1] - 1}")
         report = figures(mask, head_dim, heads, seconds)
         if output is not None:
-            at = _query(layout, query)
             _draw(mask, at, head, " ".join([pattern, *(option or [])]) + f" on {grid}", output)
     except (ValueError, TypeError, ImportError) as error:
         typer.echo(f"hhattn masks show: {error}", err=True)
@@ -167,8 +172,6 @@ def _table(mask: BlockMask, r: dict[str, Any]) -> str:
 def _draw(mask: BlockMask, query: tuple[int, int, int], head: int, title: str, output: Path) -> None:
     from hhattn.masks import _draw as draw
 
-    if not 0 <= head < mask.kv_num_blocks.shape[1]:
-        raise ValueError(f"head={head}: accepted are 0 ... {mask.kv_num_blocks.shape[1] - 1}")
     fig = draw.figure(mask, query, title, head=head)
     fig.savefig(output, dpi=100)
 

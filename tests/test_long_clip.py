@@ -85,13 +85,30 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def test_chunks_of_one_frame_are_joined_in_time(folder: Path, tmp_path: Path) -> None:
+    asked = Clip(folder, {0: "a boat"}, 1, (30, 60), 24, 0, None, 1.0, 1, None)
+    Job(asked, tmp_path / "one.mp4").run(Console(quiet=True))
+    with av.open(str(tmp_path / "one.mp4")) as container:
+        times = [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
+    assert times == pytest.approx([i / 24 for i in range(24)], abs=1e-3)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out.mp4.parts"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.mp4\.parts is in the way, and not of a clip"):
+        Job(clip(folder), tmp_path / "out.mp4")
+    assert (theirs / "thesis.txt").read_text() == "mine"
+
+
 def test_what_cannot_be_made_is_refused(folder: Path, tmp_path: Path) -> None:
     assert parse_size("720x1280") == (720, 1280)
     for size in ("720", "720x", "x", "31x60", "0x2"):
         with pytest.raises(ValueError, match=f"size='{size}'; accepted"):
             parse_size(size)
     assert parse_switches("a", ["3: b:c "]) == {0: "a", 3: "b:c"}
-    for switch in ("b", "x:b", "3:"):
+    for switch in ("b", "x:b", "3:", "0:b"):
         with pytest.raises(ValueError, match="then="):
             parse_switches("a", [switch])
     with pytest.raises(ValueError, match=r"no model_index\.json there"):

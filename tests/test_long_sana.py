@@ -105,6 +105,20 @@ def test_stopped_and_gone_on_with_is_the_same_to_the_bit(folder: Path, tmp_path:
     assert torch.equal(torch.cat([chunk.latents for chunk in got], dim=2), latents)
 
 
+def test_a_state_in_memory_is_not_changed_by_going_on(sana: LongSana) -> None:
+    chunks = sana.stream(request())
+    next(chunks)
+    state = sana.state()
+    rest, again = list(chunks), list(sana.stream(request(), state))
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(rest, again, strict=True))
+
+
+def test_a_decoder_that_looks_both_ways_loses_no_picture(sana: LongSana) -> None:
+    sana.pipeline.vae.enable_tiling()
+    frames, _ = joined(sana, request())
+    assert len(frames) == 41
+
+
 def test_prompts_switch(sana: LongSana) -> None:
     _, one = joined(sana, request())
     _, two = joined(sana, request(prompt={0: "a red balloon", 1: "a blue boat"}))
@@ -181,6 +195,9 @@ def test_close_gives_the_model_back(folder: Path) -> None:
         list(other.stream(request(frames=5)))
         other.close()
         assert torch.equal(model(x, text, torch.tensor([500.0]), return_dict=False)[0], before)
+        LongSana(sana.pipeline)
+        with pytest.raises(ValueError, match="streams already; close"):
+            LongSana(sana.pipeline)
 
 
 def test_refuses(sana: LongSana) -> None:

@@ -177,6 +177,17 @@ def test_gradient_checkpointing(family: Family) -> None:
 
 
 @torch.no_grad()
+@with_scores
+def test_a_mask_for_another_grid_is_refused(family: Family) -> None:
+    model, own = family.model(), family.layout()
+    other = hhattn.VideoLayout(own.width, own.height, own.frames, text_len=own.text_len, text_first=own.text_first)
+    with hhattn.swap(model, attention=masks.dense(other)), pytest.raises(ValueError, match="this call's tokens are"):
+        family.run(model)
+    with hhattn.swap(model), pytest.raises(ValueError, match="attention would change nothing"):
+        hhattn.swap(model, attention=masks.dense(own))
+
+
+@torch.no_grad()
 @by_family
 def test_what_a_family_cannot_have_is_refused(family: Family) -> None:
     model = family.model()

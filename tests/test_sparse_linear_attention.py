@@ -19,7 +19,7 @@ from test_block_sparse_attention import on_device
 from torch import Tensor
 
 import hhattn
-from hhattn import BlockMask, masks
+from hhattn import BlockMask, _ext, masks
 from hhattn.ops.sparse_linear_attention import FEATURE_MAPS
 
 pytestmark = pytest.mark.any_device
@@ -279,6 +279,32 @@ def test_what_stands_at_negligible_positions_does_not_matter(poison: float, toke
     for a, b in zip(*grads, strict=True):
         b = b.where(~gone[:, None, None], 0) if b.shape[1] == 64 else b
         torch.testing.assert_close(b, a)
+
+
+@pytest.mark.skipif(_ext.why_missing() is not None, reason=_ext.why_missing() or "")
+@pytest.mark.cpu_only("native kernels")
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("tokens", [0, 0.3])
+def test_natively_such_tokens_have_no_gradient(poison: float, tokens: float) -> None:
+    """Queries and keys that meet nothing: outputs and gradients there are 0, whatever stands there."""
+    classes = random_classes(1, 4, 48, 64, block=(16, 16), tokens=tokens)
+    gone_q, gone_k = (torch.zeros(n, dtype=torch.bool, device=DEVICE) for n in (48, 64))
+    gone_q[16:32] = gone_q[5] = gone_k[[3, 40]] = gone_k[16:32] = True
+    for mask in classes:
+        mask[..., gone_k] = False
+        mask[:, :, gone_q] = False
+    pair = [BlockMask.from_dense(x, block_size=(16, 16)) for x in classes]
+    q, k, v = randn(1, 48, 4, 8), randn(1, 64, 2, 8, seed=1), randn(1, 64, 2, 8, seed=2)
+    clean = [x.clone().requires_grad_() for x in (q, k, v)]
+    q[:, gone_q] = k[:, gone_k] = v[:, gone_k] = poison
+    dirty = [x.clone().requires_grad_() for x in (q, k, v)]
+    outs = [hhattn.sparse_linear_attention(*x, *pair, impl="cpp") for x in (clean, dirty)]
+    torch.testing.assert_close(outs[1], outs[0])
+    assert not outs[1][:, gone_q].any()
+    grads = [torch.autograd.grad(o.square().sum(), x) for o, x in zip(outs, (clean, dirty), strict=True)]
+    for a, b, gone in zip(*grads, (gone_q, gone_k, gone_k), strict=True):
+        torch.testing.assert_close(b, a)
+        assert not b[:, gone].any()
 
 
 @pytest.mark.usefixtures("impl")

@@ -222,6 +222,7 @@ struct LinearOutputsBackward {
 inline constexpr int64_t kFours = 12;
 struct Subsets {
   const uint8_t *counts = nullptr, *entries = nullptr;
+  const uint8_t* any = nullptr;  // of each row, whether there is a one in it
   int64_t rows = 0, n = 0;
 };
 

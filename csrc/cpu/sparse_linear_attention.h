@@ -24,6 +24,7 @@ struct MarginalScratch {
   float *query, *upstream, *weights, *gradients, *total;  // parts
   uint8_t* kept;
   float *k_states, *q_states, *dk_states, *tile, *turned, *sums;
+  uint8_t* any;  // of each key block, whether one of the query heads attends it whole
 };
 
 inline int64_t lay_out(const Marginal& a, MarginalWork work, float* base, MarginalScratch& t) {
@@ -45,6 +46,7 @@ inline int64_t lay_out(const Marginal& a, MarginalWork work, float* base, Margin
   t.tile = layout.take(std_max(a.bq, a.bk) * kLine);
   t.turned = layout.take(kLine * width);
   t.sums = layout.take(kSums);
+  t.any = reinterpret_cast<uint8_t*>(layout.take(a.nk / 4 + 1));
   return layout.taken();
 }
 
@@ -159,12 +161,13 @@ inline void marginal_weights(const Marginal& a, const MarginalHeads& p, int64_t 
   const int64_t width = round_up(a.dim, kLanes), lines = round_up(width, kLine) / kLine;
   block_sums(p.keys, nullptr, a.k_len, a.bk, width, t.k_states);
   add_lines(p.pairs[r]->whole, lines, t.k_states, false, t.q_states, t.sums);
+  const uint8_t* any = p.pairs[r]->whole.any;  // a query that meets nothing may be NaN, which times 0 isn't 0
   const float* q = p.queries + r * a.q_len * width;
   float* den = a.den + (p.b * a.heads + p.kv_head * a.rep() + r) * a.q_len;
   for (int64_t s = 0; s < a.q_len; ++s, q += width) {
     Vec<kLanes> total = {};
     each_of_lines(t.q_states, a.nq, s / a.bq, width, [&](int64_t d, Vec<kLanes> k) { total += F32::load<kLanes>(q + d) * k; });
-    const float weight = sum<kLanes>(total) + (p.sums ? den[s] : 0);
+    const float weight = (any[s / a.bq] ? sum<kLanes>(total) : 0) + (p.sums ? den[s] : 0);
     den[s] = weight == 0 ? __builtin_inff() : weight + a.eps;
   }
 }
@@ -216,7 +219,11 @@ inline void marginal_outputs(const Marginal& a, const MarginalHeads& p, int64_t 
       const auto [first, rows] = block_of(i, a.bq, a.q_len);
       const float *q = p.queries + (r * a.q_len + first) * width, *den = a.den + (p.b * a.heads + h) * a.q_len + first;
       AheadLines ahead(t.q_states + std_min(i + 1, a.nq - 1) * kLine, step, a.dim, calls_of(rows, columns, a.dim));
-      multiply<A::by_rows, false>(rows, columns, a.dim, q, width, t.q_states + i * kLine, step, t.tile, kLine, ahead);
+      if (p.pairs[r]->whole.any[i]) {
+        multiply<A::by_rows, false>(rows, columns, a.dim, q, width, t.q_states + i * kLine, step, t.tile, kLine, ahead);
+      } else {
+        memset(t.tile, 0, rows * kLine * sizeof(float));
+      }
       for (int64_t row = 0; row < rows; ++row) {
         if (p.sums) add_up(p.sums + (r * a.q_len + first + row) * v_width + at, columns, t.tile + row * kLine);
         each_vector(columns, t.tile + row * kLine, t.tile + row * kLine, [&](Vec<kLanes> x) { return x / den[row]; });

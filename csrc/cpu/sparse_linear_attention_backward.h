@@ -32,6 +32,14 @@ inline void marginal_upstream(const MarginalBackward& g, int64_t b, int64_t h, i
   }
 }
 
+// Whether one of n floats, whole vectors, isn't 0; NaN isn't.
+inline bool any_not_zero(const float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(x[i] == 0)) return true;
+  }
+  return false;
+}
+
 // x's gradient for that of its mapped rows, for tokens [begin, end) of a head of `tokens` x `heads`; dx is contiguous.
 inline void map_rows_backward(const Heads& x, FeatureMap phi, int64_t b, int64_t h, int64_t begin, int64_t end, int64_t dim,
                               const float* g, const Out& dx, int64_t tokens, int64_t heads) {
@@ -40,7 +48,8 @@ inline void map_rows_backward(const Heads& x, FeatureMap phi, int64_t b, int64_t
   for (int64_t s = begin; s < end; ++s, g += width) {
     copy_rows(x, b, s, h, 1, dim, row);
     memset(gradient, 0, sizeof gradient);
-    add_map_gradient(phi, row, g, dim, spare, gradient);
+    // a token that meets nothing has no gradient, even where it is NaN
+    if (any_not_zero(g, width)) add_map_gradient(phi, row, g, dim, spare, gradient);
     store_rows(dx, ((b * tokens + s) * heads + h) * dim, 0, 1, dim, gradient, width);
   }
 }
@@ -161,15 +170,16 @@ inline void turn_state(const float* states, int64_t blocks, int64_t i, int64_t w
   }
 }
 
-// x [tokens, D] += y's columns times each block's state, turned, block by block when it is the slice's turn.
+// x [tokens, D] += y's columns times each block's state, turned, block by block when it is the slice's turn. Blocks without `any`
+// have no state: their rows of y may be NaN.
 inline void add_turned(const float* states, int64_t tokens, int64_t size, const float* y, int64_t y_width, int64_t width,
-                       int64_t columns, int32_t* turns, int64_t slice, float* turned, float* x) {
+                       int64_t columns, const uint8_t* any, int32_t* turns, int64_t slice, float* turned, float* x) {
   const int64_t blocks = (tokens + size - 1) / size;
   for (int64_t i = 0; i < blocks; ++i) {
     const auto [first, rows] = block_of(i, size, tokens);
-    turn_state(states, blocks, i, width, columns, turned);
+    if (any[i]) turn_state(states, blocks, i, width, columns, turned);
     wait_for_turn(turns + i, static_cast<int32_t>(slice));
-    multiply<A::by_rows, true>(rows, width, columns, y + first * y_width, y_width, turned, width, x + first * width, width);
+    if (any[i]) multiply<A::by_rows, true>(rows, width, columns, y + first * y_width, y_width, turned, width, x + first * width, width);
     end_turn(turns + i, static_cast<int32_t>(slice));
   }
 }
@@ -186,16 +196,21 @@ inline void marginal_gradients(const MarginalBackward& g, const MarginalHeads& p
   for (int64_t r = 0; r < a.rep(); ++r) {
     const float *q = p.queries + r * a.q_len * width, *u = to.u + r * a.q_len * v_width + at;
     add_lines(p.pairs[r]->whole, width, t.k_states, false, t.q_states, t.sums);
-    add_turned(t.q_states, a.q_len, a.bq, u, v_width, width, columns, to.q_turns + r * a.nq, slice, t.turned,
+    add_turned(t.q_states, a.q_len, a.bq, u, v_width, width, columns, p.pairs[r]->whole.any, to.q_turns + r * a.nq, slice, t.turned,
                to.dphi_q + r * a.q_len * width);
     block_states(q, a.q_len, a.bq, width, u, v_width, columns, t.q_states);
     add_lines(p.pairs[r]->whole_turned, width, t.q_states, r > 0, t.dk_states, t.sums);
+    for (int64_t j = 0; j < a.nk; ++j) t.any[j] = (r > 0 && t.any[j]) || p.pairs[r]->whole_turned.any[j];
   }
-  add_turned(t.dk_states, a.k_len, a.bk, p.values + at, v_width, width, columns, to.k_turns, slice, t.turned, to.dphi_k);
+  add_turned(t.dk_states, a.k_len, a.bk, p.values + at, v_width, width, columns, t.any, to.k_turns, slice, t.turned, to.dphi_k);
   for (int64_t j = 0; j < a.nk; ++j) {
     const auto [first, rows] = block_of(j, a.bk, a.k_len);
-    multiply<A::by_rows, false>(rows, columns, a.dim, p.keys + first * width, width, t.dk_states + j * kLine, pitch(a.nk) * kLine,
-                                t.tile, kLine);
+    if (t.any[j]) {
+      multiply<A::by_rows, false>(rows, columns, a.dim, p.keys + first * width, width, t.dk_states + j * kLine, pitch(a.nk) * kLine,
+                                  t.tile, kLine);
+    } else {
+      memset(t.tile, 0, rows * kLine * sizeof(float));
+    }
     for (int64_t row = 0; to.dv_sums && row < rows; ++row) {
       add_up(to.dv_sums + (first + row) * v_width + at, columns, t.tile + row * kLine);
     }

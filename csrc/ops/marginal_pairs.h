@@ -61,6 +61,7 @@ class Parts {
 class SubsetLists {
  public:
   void make(const std::vector<uint8_t>& ones, int64_t rows, int64_t n, int64_t row, int64_t column) {
+    any_.assign(rows, 0);
     for (int64_t first = 0; first < n; first += 4 * kFours) {
       for (int64_t r = 0; r < rows; ++r) {
         const size_t before = entries_.size();
@@ -70,14 +71,15 @@ class SubsetLists {
           if (code) entries_.push_back(static_cast<uint8_t>((at - first) / 4 * 16 + code));
         }
         counts_.push_back(static_cast<uint8_t>(entries_.size() - before));
+        any_[r] |= entries_.size() > before;
       }
     }
-    view_ = {counts_.data(), entries_.data(), rows, n};
+    view_ = {counts_.data(), entries_.data(), any_.data(), rows, n};
   }
   const Subsets& view() const { return view_; }
 
  private:
-  std::vector<uint8_t> counts_, entries_;
+  std::vector<uint8_t> counts_, entries_, any_;
   Subsets view_;
 };
 

@@ -15,6 +15,22 @@ struct MaskTensors {
   const Tensor &counts, &columns, &tiles, &full_counts, &full_columns, &bits;
 };
 
+// Every listed block is there: what kernels follow without looking.
+inline void check_lists(const BlockMask& m, int64_t tiles) {
+  for (int64_t row = 0; row < m.batches * m.heads * m.nq; ++row) {
+    const int32_t partial = m.counts[row], full = m.full_counts[row];
+    STD_TORCH_CHECK(partial >= 0 && partial <= m.width, "kv_num_blocks has a count beyond kv_indices' width");
+    STD_TORCH_CHECK(full >= 0 && full <= m.full_width, "full_kv_num_blocks has a count beyond full_kv_indices' width");
+    for (int64_t e = row * m.width; e < row * m.width + partial; ++e) {
+      STD_TORCH_CHECK(m.columns[e] >= 0 && m.columns[e] < m.nk, "kv_indices names a key block that isn't there");
+      STD_TORCH_CHECK(m.tiles[e] >= 0 && m.tiles[e] < tiles, "kv_tiles names a tile that isn't there");
+    }
+    for (int64_t e = row * m.full_width; e < row * m.full_width + full; ++e) {
+      STD_TORCH_CHECK(m.full_columns[e] >= 0 && m.full_columns[e] < m.nk, "full_kv_indices names a key block that isn't there");
+    }
+  }
+}
+
 inline BlockMask block_mask(const MaskTensors& t, int64_t bk, int64_t k_len) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(t.columns.dim() == 4 && t.full_columns.dim() == 4 && t.bits.dim() == 3, "the mask has the wrong shape");
@@ -38,6 +54,7 @@ inline BlockMask block_mask(const MaskTensors& t, int64_t bk, int64_t k_len) {
   m.bk = bk;
   m.nq = nq;
   m.nk = (k_len + bk - 1) / bk;
+  check_lists(m, t.bits.size(0));
   return m;
 }
 

@@ -168,7 +168,8 @@ def _mask(q_len: int, k_len: int, causal: bool, window_size: tuple[int, int], de
 
 @functools.lru_cache(maxsize=32)
 def _band(q_len: int, k_len: int, left: int | None, right: int | None, device: torch.device) -> BlockMask:
-    return hhattn.masks.band(q_len, k_len, left=left, right=right).to(device)
+    with torch.inference_mode(False):  # it may serve training later
+        return hhattn.masks.band(q_len, k_len, left=left, right=right).to(device)
 
 
 def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> list[tuple[str, Tensor, int]]:

@@ -75,11 +75,13 @@ class Swap:
 
     def set_forward(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Give this module, not its class, another ``forward(self, ...)``, to be taken back by :meth:`undo`."""
-        ours = MethodType(forward, module)
+        ours, before = MethodType(forward, module), module.__dict__.get("forward")
 
         def restore() -> None:
             if module.__dict__.get("forward") is ours:
                 del module.__dict__["forward"]
+                if before is not None:
+                    module.__dict__["forward"] = before
             else:
                 log.warning("hhattn.swap: %s was given another forward since; left as it is", path)
 
@@ -170,6 +172,9 @@ def swap(
         for name, model in _models(model_or_pipeline).items():
             family = import_module(str(_family(model)))
             family.swap_layers(handle, f"{name}." if name else "", model, attention, norms, rope)
+        attention_layers = [layer for layer in handle.layers if layer.part == "self-attention"]
+        if attention != "exact" and not any(layer.swapped for layer in attention_layers):
+            raise ValueError(f"attention would change nothing: {attention_layers[0].note if attention_layers else ''}")
     except BaseException:
         handle.undo()
         raise

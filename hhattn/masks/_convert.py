@@ -26,8 +26,7 @@ class Bsr(NamedTuple):
 
 def to_bsr(mask: BlockMask, batch: int, head: int) -> Bsr:
     """See :meth:`BlockMask.to_bsr`."""
-    heads = mask.kv_num_blocks.shape[1]
-    blocks = mask._slices()[batch * heads + head]
+    blocks = mask._slice(batch, head)
     nq, nk = mask.num_blocks
     full = blocks.full.view(-1).nonzero().squeeze(1)
     key, order = torch.cat([full, blocks.partial]).sort()

@@ -34,7 +34,7 @@ def plot(mask: BlockMask, batch: int, head: int, ax: Any) -> Any:
 def _shares(mask: BlockMask, batch: int, head: int) -> Tensor:
     """[nq, nk] float: share of each block's pairs that are attended."""
     bq, bk = mask.block_size
-    blocks = mask._slices()[batch * mask.kv_num_blocks.shape[1] + head]
+    blocks = mask._slice(batch, head)
     share = blocks.full.float()
     share.view(-1)[blocks.partial] = _bits.popcount(mask.tiles)[blocks.tile] / (bq * bk)
     return share

@@ -33,8 +33,8 @@ def block_causal(
 
     Raises ValueError if ``frames_per_chunk`` is below 1.
     """
-    if frames_per_chunk < 1:
-        raise ValueError(f"frames_per_chunk={frames_per_chunk}: accepted is 1 or more")
+    if not isinstance(frames_per_chunk, int) or frames_per_chunk < 1:
+        raise ValueError(f"frames_per_chunk={frames_per_chunk}: accepted is a whole number of 1 or more")
     chunk = torch.arange(layout.frames) // frames_per_chunk
     frames = (chunk[None, :] <= chunk[:, None]).byte()
     return static_mask(layout, [Pattern(frames, [everywhere(layout)])], block_size, order, q_frames, k_frames)

@@ -269,6 +269,10 @@ class BlockMask:
         for name in ("q_len", "k_len", "block_size", "order", "device"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"masks differ in {name}: {getattr(self, name)} and {getattr(other, name)}")
+        for name in ("layout", "k_layout"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if not same_tokens(ours, theirs, self.order):
+                raise ValueError(f"masks differ in {name}, and so in what their tokens are: {ours} and {theirs}")
 
     # ---- figures ----
 
@@ -344,6 +348,14 @@ class BlockMask:
         full = self.full_kv_num_blocks.sum() * self.block_size[0] * self.block_size[1]
         return int(bits[self.kv_tiles.long().masked_fill(beyond, -1)].sum() + full)
 
+    def _slice(self, batch: int, head: int) -> Blocks:
+        """The blocks of one batch entry and head; what the mask has one of serves all."""
+        sizes = self.kv_num_blocks.shape[:2]
+        for name, at, size in (("batch", batch, sizes[0]), ("head", head, sizes[1])):
+            if at < 0 or (at >= size and size > 1):
+                raise ValueError(f"{name}={at}: accepted are 0 ... {size - 1}")
+        return self._slices()[min(batch, sizes[0] - 1) * sizes[1] + min(head, sizes[1] - 1)]
+
     def _slices(self, size: Sequence[int] | None = None) -> list[Blocks]:
         """Blocks in coordinates of every (batch, head) of ``size``, which the mask broadcasts to."""
         lists = (self.kv_num_blocks, self.kv_indices, self.kv_tiles, self.full_kv_num_blocks, self.full_kv_indices)
@@ -351,6 +363,15 @@ class BlockMask:
         made = [[_blocks.from_lists([x[b, h] for x in lists], self._shape) for h in range(heads)] for b in range(batch)]
         size = size or (batch, heads)
         return [made[b % batch][h % heads] for b in range(size[0]) for h in range(size[1])]
+
+
+def same_tokens(ours: VideoLayout | None, theirs: VideoLayout | None, order: str) -> bool:
+    """Whether a token's place means the same in both layouts, as far as they are known: tiles matter in tile order."""
+    if ours is None or theirs is None:
+        return True
+    if (ours.grid, ours.text_len, ours.text_first) != (theirs.grid, theirs.text_len, theirs.text_first):
+        return False
+    return order == "raster" or ours.tile == theirs.tile
 
 
 def assemble(

@@ -32,8 +32,8 @@ def frame_window(
 
     Raises ValueError if ``frames`` is negative.
     """
-    if frames < 0:
-        raise ValueError(f"frames={frames}: accepted is 0 or more")
+    if not isinstance(frames, int) or frames < 0:
+        raise ValueError(f"frames={frames}: accepted is a whole number of 0 or more")
     frame = torch.arange(layout.frames)
     near = ((frame[None, :] - frame[:, None]).abs() <= frames).byte()
     return static_mask(layout, [Pattern(near, [everywhere(layout)])], block_size, order, q_frames, k_frames)

@@ -30,7 +30,7 @@ def sink(
 
     Raises ValueError if ``frames`` is negative.
     """
-    if frames < 0:
-        raise ValueError(f"frames={frames}: accepted is 0 or more")
+    if not isinstance(frames, int) or frames < 0:
+        raise ValueError(f"frames={frames}: accepted is a whole number of 0 or more")
     first = (torch.arange(layout.frames) < frames).byte()[None, :].repeat(layout.frames, 1)
     return static_mask(layout, [Pattern(first, [everywhere(layout)])], block_size, order, q_frames, k_frames)

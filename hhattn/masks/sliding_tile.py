@@ -53,7 +53,8 @@ def _windows(window: Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[int,
     window = (window,) if isinstance(window, int) else window  # a number alone is refused like two of them
     shared = [w for w in window if isinstance(w, int)]
     sizes = [tuple(shared)] if shared else [tuple(w) for w in window if not isinstance(w, int)]
-    if not sizes or any(len(w) != 3 or min(w) < 1 for w in sizes):
+    mixed = 0 < len(shared) < len(window)
+    if not sizes or mixed or any(len(w) != 3 or min(w) < 1 for w in sizes):
         raise ValueError(
             f"window={window}: accepted are three sizes (t, h, w) of at least 1, or a list of such, by head"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hhattn import _dispatch
 from hhattn.layout import Order
-from hhattn.masks.block_mask import BlockMask
+from hhattn.masks.block_mask import BlockMask, same_tokens
 from hhattn.ops import _check, _marginal
 from hhattn.ops import block_sparse_attention as _sparse
 from hhattn.ops._triton import NAMESPACE
@@ -47,7 +47,8 @@ def sparse_linear_attention(
 
     The sum Σ φ(k_j) v_jᵀ over a block of keys is the same for every query, so a marginal block costs a query block
     D x Dv additions instead of bq x bk scores. Pairs are exact to the token in both branches. What stands at negligible
-    positions doesn't matter, infinities and NaNs included. A query without critical keys has s = 0, one without
+    positions doesn't matter, infinities and NaNs included, but for Triton's kernels and for such a token's own gradient
+    in the reference. A query without critical keys has s = 0, one without
     marginal keys, or whose weights are all 0, l = 0. Sums are float32; gradients are the same bits every time.
 
     Args:
@@ -102,6 +103,10 @@ def _check_alike(critical: BlockMask, marginal: BlockMask) -> None:
     for name in ("block_size", "order"):
         ours, theirs = getattr(critical, name), getattr(marginal, name)
         if ours != theirs:
+            raise ValueError(f"marginal must have critical's {name}, {ours}, got {theirs}")
+    for name in ("layout", "k_layout"):
+        ours, theirs = getattr(critical, name), getattr(marginal, name)
+        if not same_tokens(ours, theirs, critical.order):
             raise ValueError(f"marginal must have critical's {name}, {ours}, got {theirs}")
 
 

@@ -65,10 +65,14 @@ def generate(
     guidance: Annotated[
         float, typer.Option(help="Classifier-free guidance; 1 is off, above 1 doubles the cost.")
     ] = 1.0,
-    noise: Annotated[float, typer.Option(help="Scale of the starting noise: 0 the mean picture, 1 all of it.")] = 0.3,
-    temperature: Annotated[float, typer.Option(help="Of the motion prior; 0 takes the likeliest path.")] = 0.6,
-    top_k: Annotated[int, typer.Option(help="Of the motion prior; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Of the motion prior; 1 is off.")] = 0.9,
+    noise: Annotated[
+        float | None, typer.Option(help="Scale of the starting noise: 0 the mean picture, 1 all of it; default 0.3.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the motion prior; 0 takes the likeliest path; default 0.6.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of the motion prior; 0 is off, as by default.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the motion prior; 1 is off; default 0.9.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture that becomes the first frame.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="The MP4 to write.")] = Path("out.mp4"),
     model: Annotated[
@@ -77,18 +81,27 @@ def generate(
     then: Annotated[
         list[str] | None, typer.Option(help="With --model: CHUNK:PROMPT, another prompt from that chunk on.")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="With --model: latent frames a chunk.")] = 10,
+    chunk: Annotated[int | None, typer.Option(help="With --model: latent frames a chunk; default 10.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on the last line of stdout.")] = False,
 ) -> None:
     """Generate a clip with the bundled model: text-to-video, or image-to-video with --image.
 
     With --model, by a SANA-Video pipeline's weights; a stopped run goes on when the same is asked for again.
     """
+    if model is None and (then or chunk is not None):
+        raise fail("--then and --chunk need --model")
     if model is not None:
+        unused = {"noise": noise, "temperature": temperature, "top-k": top_k, "top-p": top_p}
+        if given := [f"--{name}" for name, value in unused.items() if value is not None]:
+            raise fail(f"{', '.join(given)}: of the bundled model, not accepted with --model")
         levels = None if steps is None else int(steps)
-        long_clip(model, prompt, then or [], seconds, size, fps, seed, levels, guidance, chunk, image, output, as_json)
+        long_clip(
+            model, prompt, then or [], seconds, size, fps, seed, levels, guidance, chunk or 10, image, output, as_json
+        )
         return
     steps = 1 if steps is None else steps
+    noise, top_k = 0.3 if noise is None else noise, top_k or 0
+    temperature, top_p = 0.6 if temperature is None else temperature, 0.9 if top_p is None else top_p
     try:
         if prompt is None:
             prompt = DEMO_PROMPT if image is None else ""

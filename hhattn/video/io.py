@@ -37,7 +37,7 @@ class VideoWriter:
     error renames it, leaving with one deletes it. Of two that write one name, the one that ends last has it.
     """
 
-    def __init__(self, path: Path, height: int, width: int, fps: float, crf: int = 18):
+    def __init__(self, path: Path, height: int, width: int, fps: float, crf: int = 18, b_frames: bool = True):
         self.path, self.part, self.frames = path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.part"), 0
         self.container = av.open(str(self.part), "w", format="mp4", options={"movflags": "faststart"})
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
@@ -47,6 +47,8 @@ class VideoWriter:
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = av.video.reformatter.ColorRange.MPEG
         self.stream.options = {"crf": str(crf), "preset": "veryfast"}
+        if not b_frames:  # then a frame is written when it is shown, and clips of any length can be joined
+            self.stream.options = {**self.stream.options, "bf": "0"}
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -6,10 +6,11 @@ A run that was stopped goes on from there when the same is asked for again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,9 +40,18 @@ class Clip:
     chunk: int
     image: Path | None
 
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds <= 86_400:
+            raise ValueError(f"seconds={self.seconds}; accepted: a number above 0, up to 86400 (a day)")
+        if not 1 <= self.fps <= 240:
+            raise ValueError(f"fps={self.fps}; accepted: 1 to 240")
+
     def told(self) -> str:
-        """All of it as text, to know a half-made clip again."""
-        return json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}, sort_keys=True)
+        """All of it as text, the picture by what is in it, to know a half-made clip again."""
+        rows: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+        if self.image is not None:
+            rows["image"] = hashlib.sha256(self.image.read_bytes()).hexdigest()
+        return json.dumps(rows, sort_keys=True)
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -60,7 +70,7 @@ def parse_switches(prompt: str, switches: list[str]) -> dict[int, str]:
     prompts = {0: prompt}
     for switch in switches:
         at, colon, words = switch.partition(":")
-        if not colon or not at.strip().isdigit() or not words.strip():
+        if not colon or not at.strip().isdigit() or not int(at) or not words.strip():
             raise ValueError(f"then={switch!r}; accepted: CHUNK:PROMPT, as '4:a boat at night'")
         prompts[int(at)] = words.strip()
     return prompts
@@ -78,6 +88,10 @@ class Job:
             )
         self.clip, self.output, self.parts = clip, output, output.with_name(f"{output.name}.parts")
         told = self.parts / "clip.json"
+        if self.parts.exists() and not told.exists() and (not self.parts.is_dir() or any(self.parts.iterdir())):
+            raise ValueError(
+                f"output {output}: {self.parts} is in the way, and not of a clip; move it or write elsewhere"
+            )
         if told.exists() and told.read_text() != clip.told():
             raise ValueError(
                 f"output {output}: {self.parts} holds parts of another clip; remove it or give another name"
@@ -86,6 +100,9 @@ class Job:
         patch = self.sana.pipeline.transformer.config.patch_size[1]
         unit = int(self.sana.pipeline.vae_scale_factor_spatial) * patch
         height, width = (-(-n // unit) * unit for n in clip.size)
+        count = -(-max(1, round(clip.seconds * clip.fps)) // int(self.sana.pipeline.vae_scale_factor_temporal))
+        if max(clip.prompts) > count // clip.chunk:
+            raise ValueError(f"then={max(clip.prompts)}:...; accepted: chunks of the clip, 1 ... {count // clip.chunk}")
         image = None if clip.image is None else read_picture(clip.image, height, width) * 2 - 1
         self.request = LongRequest(
             clip.prompts,
@@ -121,21 +138,35 @@ class Job:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("generating", total=self.request.frames, completed=before)
             for chunk in self.sana.stream(self.request, self.state):
-                with VideoWriter(self._part(chunk.index), *self.clip.size, self.clip.fps) as writer:
+                with VideoWriter(self._part(chunk.index), *self.clip.size, self.clip.fps, b_frames=False) as writer:
                     writer.write(_cropped(chunk.frames, self.clip.size))
-                state = self.parts / "state.pt.new"
-                torch.save(self.sana.state(), state)
-                os.replace(state, self.parts / "state.pt")
+                self._save()
                 progress.update(task, advance=len(chunk.frames))
         count = -(-self.sana.latent_frames(self.request) // self.clip.chunk)
         join([self._part(i) for i in range(count)], self.output)
-        shutil.rmtree(self.parts)
+        for path in (
+            *(self._part(i) for i in range(count)),
+            *(self.parts / name for name in ("clip.json", "state.pt")),
+        ):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody put something of theirs there
+            self.parts.rmdir()
         return {
             "frames": self.request.frames,
             "resumed_at": before,
             "seconds_wall": round(time.perf_counter() - start, 2),
             "memory_of_the_past_mb": round(self.sana.nbytes / 2**20, 2),
         }
+
+    def _save(self) -> None:
+        state = self.parts / "state.pt.new"
+        try:
+            torch.save(self.sana.state(), state)
+            os.replace(state, self.parts / "state.pt")
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{state} can't be written ({error})") from error
+        finally:
+            state.unlink(missing_ok=True)
 
     def _part(self, index: int) -> Path:
         return self.parts / f"{index:05}.mp4"

@@ -15,6 +15,7 @@ from hhattn.integrations.swap import Swap
 from hhattn.layout import Order, VideoLayout
 from hhattn.masks import BlockMask, LayerPlan, SparsityPlan
 
+KEPT = 8  # masks of other grids and texts are kept for the next call
 # (q, k, v, valid) -> out: [B, S, H, D] each, in the model's order of tokens; valid [B, S] bool: no padding; None: all
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (model, positional arguments, keyword arguments of its forward) -> the grid of tokens that its blocks see
@@ -34,25 +35,35 @@ class Padding:
     """Which tokens of video and text are no padding, made once for all layers of a call, which are given one mask."""
 
     def __init__(self) -> None:
-        self._seen: Callable[[], Tensor | None] = lambda: None
+        self._seen: tuple[Callable[[], Tensor | None], int, int] = (lambda: None, 0, 0)
         self._valid: Tensor | None = None
 
     def valid(self, mask: Tensor, tokens: int, at_the_end: bool = False) -> Tensor:
         """mask [B, ..., n], of the last n tokens -> [B, tokens] bool. ``at_the_end``: ValueError unless padding is."""
         if torch.compiler.is_compiling():
             return _of_all(mask, tokens)
-        if self._seen() is not mask or self._valid is None:
+        seen, *state = self._seen
+        if self._valid is None or seen() is not mask or state != [tokens, version(mask)]:
             valid = _of_all(mask, tokens)
             if at_the_end and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
                 raise ValueError(
                     "encoder_attention_mask has padding before other tokens; accepted is padding at the end"
                 )
-            self._valid, self._seen = valid, ref(mask)
+            self._valid, self._seen = valid, (ref(mask), tokens, version(mask))
         return self._valid
 
 
+def version(x: Tensor) -> int:
+    """How often x was written to; inference tensors don't count."""
+    return 0 if x.is_inference() else x._version
+
+
 def _of_all(mask: Tensor, tokens: int) -> Tensor:
-    mask = mask.flatten(1).bool()
+    flat = mask.flatten(1)
+    if flat.is_floating_point() or flat.shape[1] > tokens or flat.shape[1] != mask.shape[-1]:
+        came = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"attention_mask is {came}; accepted is a bool or whole number for each of the last tokens")
+    mask = flat.bool()
     return F.pad(mask, (tokens - mask.shape[1], 0), value=True)
 
 
@@ -81,9 +92,12 @@ class MaskedAttention:
     def mask(self, device: torch.device, valid: Tensor | None) -> BlockMask:
         """The mask for this call, on ``device``; made at the first call that needs it."""
         lens = None if valid is None else self._text_lens(valid)
-        key = (self._layout, lens, device) if callable(self._mask) else (lens, device)
+        key = (self._layout, lens, device)
         if key not in self._made:
-            self._made[key] = self._make(lens).to(device)
+            if len(self._made) == KEPT:
+                del self._made[next(iter(self._made))]
+            with torch.inference_mode(False):  # it may serve training later
+                self._made[key] = self._make(lens).to(device)
         return self._made[key]
 
     def _make(self, lens: tuple[int, ...] | None) -> BlockMask:
@@ -94,6 +108,8 @@ class MaskedAttention:
             mask = mask(self._layout)
             if not isinstance(mask, BlockMask):
                 raise TypeError(f"attention made a {type(mask).__name__}; accepted is a hhattn.BlockMask")
+        if mask.layout is not None and self._layout is not None and not _same(mask.layout, self._layout):
+            raise ValueError(f"attention is a mask for {mask.layout}; this call's tokens are {self._layout}")
         if lens is None:
             return mask
         if mask.layout is None:
@@ -114,6 +130,11 @@ class MaskedAttention:
             self._lens = None if all(n == text for n in counts) else tuple(counts)
             self._seen = ref(valid)
         return self._lens
+
+
+def _same(ours: VideoLayout, model: VideoLayout) -> bool:
+    """The same tokens in raster order; tiles are the mask's own affair."""
+    return (ours.grid, ours.text_len, ours.text_first) == (model.grid, model.text_len, model.text_first)
 
 
 class PlannedAttention:

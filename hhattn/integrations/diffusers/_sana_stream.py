@@ -40,6 +40,8 @@ class Stream:
     """
 
     def __init__(self, model: Any) -> None:
+        if any(isinstance(block.attn1.processor, _Attention) for block in model.transformer_blocks):
+            raise ValueError("the transformer streams already; close() the LongSana that it belongs to first")
         self.model, self.handle = model, Swap()
         self.memory = [Memory() for _ in model.transformer_blocks]
         self.position = 0  # of the next chunk's first latent frame, counted from the origin
@@ -72,10 +74,10 @@ class Stream:
         the same plane compose."""
         if self.position + frames <= self.limit:
             return
-        angles = hhattn.rope_3d((1, 1, 1), self._head_dim, offset=(self.position, 0, 0), device=self.model.device)
         for memory in self.memory:
             if memory.sums is not None:
-                memory.sums = memory.sums.rebase(*angles)
+                at, device = (self.position, 0, 0), memory.sums.kv.device
+                memory.sums = memory.sums.rebase(*hhattn.rope_3d((1, 1, 1), self._head_dim, offset=at, device=device))
         self.position = 0
 
     def state(self) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def attend(
         raise ValueError("hhattn's backend doesn't run under diffusers' context parallelism")
     if attn_mask is None and not (is_causal and query.shape[1] != key.shape[1]):
         return hhattn.attention(query, key, value, scale=scale, causal=is_causal)
+    if attn_mask is not None and attn_mask.ndim == 2:  # diffusers' meaning: of each batch entry's keys
+        attn_mask = attn_mask[:, None, None]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

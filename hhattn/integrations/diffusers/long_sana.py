@@ -139,6 +139,8 @@ class LongSana:
         Raises ValueError for a size that the models don't take, before anything is generated.
         """
         self._check(request)
+        if not 0 <= request.seed < 2**40:
+            raise ValueError(f"seed={request.seed}: accepted is 0 to {2**40 - 1}")
         self._at = _Progress() if state is None else _Progress(**state["at"])
         self._stream.restore({"memory": [(None, None)] * len(self._stream.memory), "position": 0})
         if state is not None:
@@ -275,21 +277,24 @@ class LongSana:
 
     def _decode(self, latents: Tensor) -> Tensor:
         """uint8 pictures [n, H, W, 3]. Wan's VAE looks back only, so its features of the last frames are carried from
-        chunk to chunk and the result is that of the whole clip; another VAE decodes each chunk by itself."""
+        chunk to chunk and the result is that of the whole clip. For another the last latent frame is: a chunk is
+        decoded behind it, whose one picture was there already."""
         vae = self.pipeline.vae
         mean, spread = self._scale(vae.dtype)
         z = latents.to(vae.dtype) * spread + mean
         if type(vae).__name__ == "AutoencoderKLWan" and not vae.use_tiling:
             video = self._decode_on(vae, z)
         else:
-            video = vae.decode(z, return_dict=False)[0]
+            before = [] if self._at.decoder is None else self._at.decoder
+            video = vae.decode(torch.cat([*before, z], dim=2), return_dict=False)[0][:, :, len(before) :]
+            self._at.decoder = [z[:, :, -1:].clone()]
         return ((video[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
     def _decode_on(self, vae: Any, z: Tensor) -> Tensor:
         vae.clear_cache()
         began = self._at.decoder is not None
-        if began:
-            vae._feat_map = self._at.decoder
+        if self._at.decoder is not None:
+            vae._feat_map = list(self._at.decoder)  # the decoder writes into it, and state() may hold ours
         z, out = vae.post_quant_conv(z), []
         for i in range(z.shape[2]):
             vae._conv_idx = [0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hhattn.layout import Order, VideoLayout, check_order
 from hhattn.masks import _lists
 from hhattn.masks._blocks import Shape
-from hhattn.masks.block_mask import BlockMask, make_shape
+from hhattn.masks.block_mask import BlockMask, make_shape, same_tokens
 from hhattn.masks.dynamic._cells import Frame
 from hhattn.masks.dynamic.policies import Policy
 from hhattn.ops import _amp
@@ -75,6 +75,12 @@ def select(
     """
     check_order("order", order)
     shape = _checked(q, k, block_size, order, keep, within)
+    from hhattn.ops.block_sparse_attention import checked_scale
+
+    checked_scale(scale, q)
+    for name, mask in (("keep", keep), ("within", within)):
+        if mask is not None and not same_tokens(mask.layout, layout, order):
+            raise ValueError(f"{name} is a mask for {mask.layout}, and layout={layout}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
     def log_mass(heads: slice, kv: slice) -> Tensor:
