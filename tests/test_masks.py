@@ -153,8 +153,8 @@ def test_masks_move_between_devices() -> None:
 
 @pytest.fixture(scope="module")
 def minute(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every static mask of a minute at 720p, built on one thread of a process of its own, whose peak tells. Other programs
-    and the system's own counting only add to time and peak, so the least of up to three processes counts."""
+    """Every static mask of a minute at 720p, built on one thread of a process of its own, whose peak tells. Other
+    programs and the system's own counting only add to time and peak, so the least of up to three processes counts."""
     least: list[dict[str, Any]] = []
     for i in range(3):
         file = tmp_path_factory.mktemp("minute") / "masks.json"
