@@ -38,11 +38,13 @@ demo: $(VENV)/.video
 	$(BIN)/hhattn generate -o out/demo.mp4
 
 # A test runs on one thread: as many at a time as there are cores, four at most.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal --durations 15
+# These run the same whichever implementation the ops choose.
+SAME := simt_* compile_only* kernel_report readme packaging masks_static masks_cli calibrate info layout long_* video_[eiptw]*
 
 test: $(VENV)/.everything
 	$(PYTEST)
-	HHATTN_IMPL=reference $(PYTEST) -q --ignore-glob="*/test_simt_*"
+	HHATTN_IMPL=reference $(PYTEST) -q $(SAME:%=--ignore-glob='*/test_%.py')
 	TRITON_INTERPRET=1 $(PYTEST) -q -k triton
 
 test-all: $(VENV)/.everything
