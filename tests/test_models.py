@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def test_exact_swap_gives_the_same_and_undo_the_same_bits(family: Family, norms:
     handle = hhattn.swap(model, norms=norms, rope=rope)
     after = family.run(model)
     assert relative(after, before) <= 2e-5
-    assert not torch.equal(after, before), "nothing was swapped"
+    if os.environ.get("HHATTN_IMPL") != "reference":  # whose bits are diffusers' own for most families
+        assert not torch.equal(after, before), "nothing was swapped"
     attention = [layer for layer in handle.layers if layer.part == "self-attention"]
     assert len(attention) == len(family.attentions(model))
     assert all(layer.swapped for layer in attention)
