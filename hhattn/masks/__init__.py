@@ -19,7 +19,8 @@ size for each head; ``BlockMask.cat([...], dim="head")`` gives each head, or bat
 
 Every builder works on blocks: a minute of 720p, 220,800 tokens of 240x23x40, takes up to half a second and tens of MB
 beside its own lists and bits (radial in tile order and :func:`band` more). Frames whose number of tokens shares few
-factors with a block cost many times as much: radial at 240x23x41 in tile order takes 15 s and 1 GB. docs/masks.md shows each pattern; ``hhattn masks`` draws and measures them.
+factors with a block cost many times as much: radial at 240x23x41 in tile order takes 15 s and 1 GB. docs/masks.md shows
+each pattern; ``hhattn masks`` draws and measures them.
 
 Masks that follow q and k are made by :func:`select`, a scorer (:class:`mean_pool`, :class:`self_similarity`,
 :class:`antidiagonal`, and :class:`centroid`, which sorts tokens too) times a policy (:class:`top_k`, :class:`top_p`,
