@@ -148,7 +148,7 @@ class SparsityPlan:
         """Bytes of the masks that are kept for later steps."""
         return sum(made.mask.nbytes for state in self._states.values() for made in state.made.values())
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable imports the compiler at once: 150 MB for every program
     def attend(
         self,
         q: Tensor,
