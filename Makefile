@@ -54,9 +54,8 @@ test-all: $(VENV)/.everything
 
 # The ops' tests on a library whose every access (asan), or every order between threads (tsan), is checked. The test of memory is
 # left out, since freed memory is held back; leaks are Python's and torch's own.
-OPS := norm_modulate qk_norm_rope norms_backward block_sparse_attention sparse_linear_attention block_linear_attention \
-  block_linear_attention_state \
-  block_linear_attention_cpp
+OPS := norm_modulate qk_norm_rope norms_backward block_sparse_attention sparse_linear_attention sparse_linear_attention_op \
+  block_linear_attention block_linear_attention_state block_linear_attention_cpp
 SANITIZED = $(BIN)/python setup.py -q build --build-base build/$@ --build-lib build/$@/lib
 RUNTIMES = $(foreach library,$@ stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
 CHECKED = PYTHONPATH=build/$@/lib LD_PRELOAD="$(RUNTIMES)" HHATTN_TEST_THREADS=3 $(BIN)/pytest -q -p no:cacheprovider \

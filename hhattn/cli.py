@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from hhattn import masks_cli
 from hhattn.info import info
 from hhattn.masks import calibrate_cli
+from hhattn.masks import cli as masks_cli
 
 app = typer.Typer(
     help="Attention kernels for long videos, and the video pipeline built on them.",

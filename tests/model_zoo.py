@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -27,6 +28,7 @@ class Family:
 
     text_len: text tokens that take part in self-attention; text_first: they come before the video. padded: some of them
     are padding. attention: the name of a block's self-attention. linear: it is linear, without scores to mask.
+    own_norms: lists of blocks that keep their own norms.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Family:
     text_first: bool = False
     padded: bool = False
     linear: bool = False
+    own_norms: tuple[str, ...] = ()
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         return randomize(self.make()).to(dtype)
@@ -83,11 +86,18 @@ def _padding(tokens: int = TEXT, second: int = 4) -> Tensor:
     return (torch.arange(tokens) < torch.tensor([[tokens], [second]])).long()
 
 
-def _wan() -> nn.Module:
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
+    "text_dim": 16, "freq_dim": 32, "ffn_dim": 32, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 32,
+}  # fmt: skip
+
+
+def _wan(**settings: Any) -> nn.Module:
+    return diffusers.WanTransformer3DModel(**WAN, **settings)
+
+
+def _vace() -> nn.Module:
+    return diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0, 1], vace_in_channels=6)
 
 
 def _sana() -> nn.Module:
@@ -98,10 +108,10 @@ def _sana() -> nn.Module:
     )  # fmt: skip
 
 
-def _hunyuan() -> nn.Module:
+def _hunyuan(**settings: Any) -> nn.Module:
     return diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=16,
-        pooled_projection_dim=8, **HEADS, **ROPE,
+        pooled_projection_dim=8, **HEADS, **ROPE, **settings,
     )  # fmt: skip
 
 
@@ -137,6 +147,15 @@ def _video(dtype: torch.dtype) -> dict[str, Any]:
         "encoder_hidden_states": _text(dtype),
         "timestep": _timestep(),
     }
+
+
+def _image(dtype: torch.dtype) -> dict[str, Any]:
+    return {**_video(dtype), "encoder_hidden_states_image": _text(dtype, 6, 8, 5)}
+
+
+def _control(dtype: torch.dtype) -> dict[str, Any]:
+    control = randn(LATENTS[0], 6, *LATENTS[2:], dtype=dtype, seed=7)
+    return {**_video(dtype), "control_hidden_states": control}
 
 
 def _hunyuan_inputs(dtype: torch.dtype) -> dict[str, Any]:
@@ -177,12 +196,18 @@ def _mochi_inputs(dtype: torch.dtype) -> dict[str, Any]:
     return {**_video(dtype), "encoder_attention_mask": _padding()}
 
 
+HUNYUAN_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 FAMILIES = [
     Family("Wan", _wan, _video, ("blocks",)),
+    Family("Wan I2V", partial(_wan, image_dim=8, added_kv_proj_dim=24), _image, ("blocks",)),
+    Family("Wan VACE", _vace, _control, ("blocks", "vace_blocks"), own_norms=("vace_blocks",)),
     Family("SANA-Video", _sana, _video, linear=True),
     Family(
-        "HunyuanVideo", _hunyuan, _hunyuan_inputs, ("transformer_blocks", "single_transformer_blocks"), "attn", TEXT,
-        padded=True,
+        "HunyuanVideo", _hunyuan, _hunyuan_inputs, HUNYUAN_BLOCKS, "attn", TEXT, padded=True
+    ),
+    Family(
+        "HunyuanVideo I2V", partial(_hunyuan, image_condition_type="token_replace"), _hunyuan_inputs, HUNYUAN_BLOCKS,
+        "attn", TEXT, padded=True, own_norms=HUNYUAN_BLOCKS,
     ),
     Family("HunyuanVideo 1.5", _hunyuan15, _hunyuan15_inputs, attention="attn", text_len=TEXT + 5, padded=True),
     Family("CogVideoX", _cogvideox, _cogvideox_inputs, text_len=TEXT, text_first=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,16 @@ def test_what_is_remembered_does_not_grow(sana: LongSana) -> None:
         assert not any(x.requires_grad for x in kept), "a graph would hold every chunk"
     assert len(sizes) == 8
     assert len(set(sizes)) == 1
+
+
+def test_example_runs(folder: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent / "examples/long_sana.py"
+    sizes = ("--frames", "41", "--height", str(HEIGHT), "--width", str(WIDTH))
+    command = [sys.executable, str(example), str(folder), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"41 frames of ({HEIGHT}, {WIDTH}, 3)" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_close_gives_the_model_back(folder: Path) -> None:

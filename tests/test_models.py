@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from helpers import randn
 from model_zoo import FAMILIES, TOKENS, Family, relative
 
 import hhattn
@@ -35,8 +36,10 @@ def test_exact_swap_gives_the_same_and_undo_the_same_bits(family: Family, norms:
     attention = [layer for layer in handle.layers if layer.part == "self-attention"]
     assert len(attention) == len(family.attentions(model))
     assert all(layer.swapped for layer in attention)
-    for part in ("q/k norm", "block norms"):
-        assert [layer.swapped for layer in handle.layers if layer.part == part] == [norms] * len(attention), part
+    assert [layer.swapped for layer in handle.layers if layer.part == "q/k norm"] == [norms] * len(attention)
+    fused = {layer.path: layer.swapped for layer in handle.layers if layer.part == "block norms"}
+    assert len(fused) == len(attention)
+    assert fused == {path: norms and path.split(".")[0] not in family.own_norms for path in fused}
     assert all(layer.swapped == rope for layer in handle.layers if layer.part == "rope")
     assert model.state_dict().keys() == state.keys()
     handle.undo()
@@ -57,7 +60,9 @@ def test_bfloat16_is_no_worse_than_diffusers(family: Family, tmp_path: Path) -> 
         theirs = relative(family.run(model, torch.bfloat16).float(), exact)
         with hhattn.swap(model) as handle:
             assert relative(family.run(model, torch.bfloat16).float(), exact) < 1.5 * theirs
-            assert all(layer.swapped for layer in handle.layers if layer.part != "cross-attention")
+            left = {(layer.part, layer.path.split(".")[0]) for layer in handle.layers if not layer.swapped}
+            own = {("block norms", name) for name in family.own_norms}
+            assert {place for place in left if place[0] != "cross-attention"} == own
 
 
 @by_family
@@ -176,6 +181,18 @@ def test_gradient_checkpointing(family: Family) -> None:
         model.enable_gradient_checkpointing()
         again = torch.autograd.grad(family.run(model).square().sum(), family.attentions(model)[0].to_v.weight)[0]
     assert relative(again, plain) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "Mochi"])
+def test_a_mask_that_is_no_padding_is_refused(name: str) -> None:
+    family = next(f for f in FAMILIES if f.name == name)
+    model = family.model()
+    attention = family.attentions(model)[0]
+    x, text = randn(1, 6, 32), randn(1, 4, 16 if name == "Mochi" else 32)
+    with hhattn.swap(model):
+        for mask in (torch.ones(1, 1, 10, 10, dtype=torch.bool), torch.zeros(1, 4)):
+            with pytest.raises(ValueError, match="accepted is a bool or whole number for each of the last tokens"):
+                attention(x, encoder_hidden_states=text, attention_mask=mask)
 
 
 @torch.no_grad()

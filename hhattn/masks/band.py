@@ -45,7 +45,8 @@ def band(
     right = shape.q_len + shape.k_len if right is None else right
     # what a block attends depends on how far its first key is from its first query alone, a multiple of the step
     step = math.gcd(shape.bq, shape.bk)
-    distance = torch.arange(shape.nk) * shape.bk - (torch.arange(shape.nq) * shape.bq)[:, None]
+    rows, columns = (torch.arange(n, dtype=torch.int32) for n in (shape.nq, shape.nk))
+    distance = columns * shape.bk - (rows * shape.bq)[:, None]
     distance -= shape.k_len - shape.q_len
     lowest = int(distance[-1, 0])
     diagonal = (distance - lowest) // step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hhattn.layout import VideoLayout
 from hhattn.masks.calibrate import calibrate
-from hhattn.masks_cli import _sizes
+from hhattn.masks.cli import sizes
 
 _TENSORS = "q, k and v, each [batch, tokens, heads, head dim]"
 
@@ -42,9 +42,9 @@ def command(
         q, k, v = _load(file)
         layout = None
         if grid:
-            frames, height, width = _sizes("grid", grid, 3)
-            layout = VideoLayout(frames, height, width, _sizes("tile", tile, 3), text, text_first)
-        bq, bk = _sizes("block", block, 2)
+            frames, height, width = sizes("grid", grid, 3)
+            layout = VideoLayout(frames, height, width, sizes("tile", tile, 3), text, text_first)
+        bq, bk = sizes("block", block, 2)
         for row in calibrate(q, k, v, _densities(density), layout=layout, block_size=(bq, bk)):
             if as_json:
                 typer.echo(json.dumps(asdict(row)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hhattn.integrations.diffusers._qk import record_norms
 from hhattn.integrations.swap import Swap
 
 LAYER_NORMS = ("LayerNorm", "FP32LayerNorm", "Identity")
@@ -21,6 +22,27 @@ def why_not_swapped(processor: Any, kind: type) -> str | None:
     if getattr(processor, "_parallel_config", None) is not None:
         return "it runs under diffusers' context parallelism"
     return None
+
+
+def argument(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a forward was given as ``name``, by name or at its place; None where it was given neither."""
+    return kwargs[name] if name in kwargs else args[place] if len(args) > place else None
+
+
+def swap_attention(
+    handle: Swap, path: str, attn: Any, kind: type, make: Callable[[bool], object], norms: bool, rope: bool, by: str
+) -> None:
+    """Give the self-attention at ``path`` the processor ``make(fuse_norms)`` in place of its own ``kind``, and write
+    down what became of it, of the norms of its q and k and of their rotation."""
+    if why := why_not_swapped(attn.processor, kind):
+        handle.left(path, "self-attention", why)
+        return
+    handle.set_processor(path, attn, make(record_norms(handle, path, attn, norms)))
+    handle.swapped(path, "self-attention", by)
+    if rope:
+        handle.swapped(path, "rope", "hhattn.qk_norm_rope")
+    else:
+        handle.left(path, "rope", "rope=False")
 
 
 def refuse_cross_attention(family: str, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None) -> None:

@@ -91,11 +91,3 @@ def record_norms(handle: Swap, path: str, attn: Any, norms: bool) -> bool:
     else:
         handle.left(path, "q/k norm", why)
     return why is None
-
-
-def record_rope(handle: Swap, path: str, rope: bool) -> None:
-    """Write down whether the op rotates."""
-    if rope:
-        handle.swapped(path, "rope", "hhattn.qk_norm_rope")
-    else:
-        handle.left(path, "rope", "rope=False")

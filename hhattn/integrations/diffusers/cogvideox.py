@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, attention_of
-from hhattn.integrations.diffusers._blocks import layer_norm, swap_forward, why_not_swapped
-from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms, record_rope
+from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
@@ -90,8 +91,9 @@ def _modulation(norm: Any, temb: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tens
 
 def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
     """The grid of a call: hidden_states [B, F, C, H, W] in patches, and the text before it."""
-    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    latents, text = (
+        argument(name, i, args, kwargs) for i, name in enumerate(("hidden_states", "encoder_hidden_states"))
+    )
     p, p_t = model.config.patch_size, model.config.patch_size_t or 1
     grid = (-(-latents.shape[1] // p_t), latents.shape[3] // p, latents.shape[4] // p)
     return VideoLayout(*grid, text_len=text.shape[1], text_first=True)
@@ -102,11 +104,6 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     by, attend = attention_of(handle, prefix, model, "CogVideoX", attention, layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        if why := why_not_swapped(block.attn1.processor, CogVideoXAttnProcessor2_0):
-            handle.left(f"{path}.attn1", "self-attention", why)
-        else:
-            fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
-            handle.set_processor(f"{path}.attn1", block.attn1, JointAttentionProcessor(attend(i), fuse, rope))
-            handle.swapped(f"{path}.attn1", "self-attention", by)
-            record_rope(handle, f"{path}.attn1", rope)
+        make = partial(JointAttentionProcessor, attend(i), fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, CogVideoXAttnProcessor2_0, make, norms, rope, by)
         swap_forward(handle, path, block, block_forward, norms, "CogVideoXBlock", ("norm1.norm", "norm2.norm"))

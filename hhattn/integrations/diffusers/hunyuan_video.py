@@ -3,6 +3,7 @@ layer norms of blocks with two streams and with one."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, Padding, attention_of
-from hhattn.integrations.diffusers._blocks import layer_norm, swap_forward, why_not_swapped
-from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope, record_norms, record_rope
+from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
@@ -140,9 +141,10 @@ def single_forward(
 def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
     """The grid of a call: hidden_states [B, C, F, H, W] in patches, and after it the texts, in 1.5 those of two
     encoders and the image's tokens."""
-    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    texts = [kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]]
-    texts += [kwargs[name] for name in ("encoder_hidden_states_2", "image_embeds") if name in kwargs]
+    latents, text = argument("hidden_states", 0, args, kwargs), argument("encoder_hidden_states", 2, args, kwargs)
+    texts = [text]
+    if type(model).__name__ == "HunyuanVideo15Transformer3DModel":
+        texts += [argument("encoder_hidden_states_2", 5, args, kwargs), argument("image_embeds", 7, args, kwargs)]
     p, p_t = model.config.patch_size, model.config.patch_size_t
     grid = (latents.shape[2] // p_t, latents.shape[3] // p, latents.shape[4] // p)
     return VideoLayout(*grid, text_len=sum(text.shape[1] for text in texts))
@@ -159,13 +161,8 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     name = "HunyuanVideo15" if later else "HunyuanVideo"
     processor = HunyuanVideo15AttnProcessor2_0 if later else HunyuanVideoAttnProcessor2_0
     for i, (path, block) in enumerate(blocks):
-        if why := why_not_swapped(block.attn.processor, processor):
-            handle.left(f"{path}.attn", "self-attention", why)
-        else:
-            fuse = record_norms(handle, f"{path}.attn", block.attn, norms)
-            handle.set_processor(f"{path}.attn", block.attn, JointAttentionProcessor(attend(i), padding, fuse, rope))
-            handle.swapped(f"{path}.attn", "self-attention", by)
-            record_rope(handle, f"{path}.attn", rope)
+        make = partial(JointAttentionProcessor, attend(i), padding, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn", block.attn, processor, make, norms, rope, by)
         if "single" in path:
             swap_forward(handle, path, block, single_forward, norms, f"{name}SingleTransformerBlock", ("norm.norm",))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor, apply_rotary_emb
@@ -11,12 +12,13 @@ import hhattn
 from hhattn.integrations.diffusers._attention import Attend, attention_of
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
+    argument,
     refuse_cross_attention,
     rms_norm,
+    swap_attention,
     swap_forward,
-    why_not_swapped,
 )
-from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms, record_rope
+from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
@@ -73,7 +75,7 @@ def block_forward(
 def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
     """The grid of a call, which LTX-Video is told; without it, only positions are known."""
     names = ("num_frames", "height", "width")
-    grid: list[Any] = [kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(names, start=4)]
+    grid = [argument(name, i, args, kwargs) for i, name in enumerate(names, start=4)]
     if None in grid:
         raise ValueError(
             "attention is made for a grid, so LTX-Video's forward must be given num_frames, height and width"
@@ -86,13 +88,8 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     by, attend = attention_of(handle, prefix, model, "LTX-Video", attention, layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        if why := why_not_swapped(block.attn1.processor, LTXVideoAttnProcessor):
-            handle.left(f"{path}.attn1", "self-attention", why)
-        else:
-            fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
-            handle.set_processor(f"{path}.attn1", block.attn1, SelfAttentionProcessor(attend(i), fuse, rope))
-            handle.swapped(f"{path}.attn1", "self-attention", by)
-            record_rope(handle, f"{path}.attn1", rope)
+        make = partial(SelfAttentionProcessor, attend(i), fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, LTXVideoAttnProcessor, make, norms, rope, by)
         handle.left(f"{path}.attn2", "cross-attention", "short and dense already")
         swap_forward(
             handle, path, block, block_forward, norms, "LTXVideoTransformerBlock", ("norm1", "norm2"), RMS_NORMS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, Padding, attention_of
-from hhattn.integrations.diffusers._blocks import swap_forward, why_not_swapped
-from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope, record_norms, record_rope
+from hhattn.integrations.diffusers._blocks import argument, swap_attention, swap_forward
+from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
@@ -111,8 +112,9 @@ def block_forward(
 
 def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
     """The grid of a call: hidden_states [B, C, F, H, W] in patches, and the text after it."""
-    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    latents, text = (
+        argument(name, i, args, kwargs) for i, name in enumerate(("hidden_states", "encoder_hidden_states"))
+    )
     p = model.config.patch_size
     return VideoLayout(latents.shape[2], latents.shape[3] // p, latents.shape[4] // p, text_len=text.shape[1])
 
@@ -123,12 +125,6 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     padding = Padding()
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        if why := why_not_swapped(block.attn1.processor, MochiAttnProcessor2_0):
-            handle.left(f"{path}.attn1", "self-attention", why)
-        else:
-            fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
-            processor = JointAttentionProcessor(attend(i), padding, fuse, rope)
-            handle.set_processor(f"{path}.attn1", block.attn1, processor)
-            handle.swapped(f"{path}.attn1", "self-attention", by)
-            record_rope(handle, f"{path}.attn1", rope)
+        make = partial(JointAttentionProcessor, attend(i), padding, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, MochiAttnProcessor2_0, make, norms, rope, by)
         swap_forward(handle, path, block, block_forward, norms, "MochiTransformerBlock", NORMS, KINDS)

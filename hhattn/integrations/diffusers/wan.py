@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from diffusers.models.embeddings import apply_rotary_emb
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, attend_all, attention_of
-from hhattn.integrations.diffusers._blocks import layer_norm, refuse_cross_attention, swap_forward, why_not_swapped
-from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms, record_rope
+from hhattn.integrations.diffusers._blocks import (
+    argument,
+    layer_norm,
+    refuse_cross_attention,
+    swap_attention,
+    swap_forward,
+)
+from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
@@ -66,7 +73,7 @@ def block_forward(
 
 def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
     """The grid of a call: hidden_states [B, C, F, H, W] in patches."""
-    latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    latents = argument("hidden_states", 0, args, kwargs)
     t, h, w = (n // p for n, p in zip(latents.shape[2:], model.config.patch_size, strict=True))
     return VideoLayout(t, h, w)
 
@@ -77,12 +84,7 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     blocks = [(f"{prefix}blocks.{i}", block) for i, block in enumerate(model.blocks)]
     blocks += [(f"{prefix}vace_blocks.{i}", block) for i, block in enumerate(getattr(model, "vace_blocks", ()))]
     for i, (path, block) in enumerate(blocks):
-        if why := why_not_swapped(block.attn1.processor, WanAttnProcessor):
-            handle.left(f"{path}.attn1", "self-attention", why)
-        else:
-            fuse = record_norms(handle, f"{path}.attn1", block.attn1, norms)
-            handle.set_processor(f"{path}.attn1", block.attn1, SelfAttentionProcessor(attend(i), fuse, rope))
-            handle.swapped(f"{path}.attn1", "self-attention", by)
-            record_rope(handle, f"{path}.attn1", rope)
+        make = partial(SelfAttentionProcessor, attend(i), fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, WanAttnProcessor, make, norms, rope, by)
         handle.left(f"{path}.attn2", "cross-attention", "short and dense already")
         swap_forward(handle, path, block, block_forward, norms, "WanTransformerBlock", ("norm1", "norm2", "norm3"))

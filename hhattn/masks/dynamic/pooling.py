@@ -91,8 +91,14 @@ def coarse_attention(
 
     The coarse output of Video Sparse Attention (arXiv 2505.13389), differentiable. q [B, Sq, H, D], k [B, Sk, H_kv, D],
     v [B, Sk, H_kv, Dv] -> [B, Sq, H, Dv] in q's dtype (autocast's where it is on); ``scale`` None is 1 / sqrt(D).
+
+    Raises TypeError or ValueError for a scale that isn't a finite number, or v of another shape than k.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    from hhattn.ops.block_sparse_attention import checked_scale
+
+    if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must have k's batch, tokens and heads, {tuple(k.shape[:3])}, got {tuple(v.shape)}")
+    scale = checked_scale(scale, q)
     q, k, v = _amp.cast(q, k, v)
     with _amp.off(q.device):
         weights = mean_pool().log_mass(q, k, block_size, scale).softmax(-1)

@@ -68,9 +68,9 @@ def show(
 ) -> None:
     """What PATTERN attends on a grid, how sparse it is, and what it costs."""
     try:
-        frames, height, width = _sizes("grid", grid, 3)
-        layout = VideoLayout(frames, height, width, _sizes("tile", tile, 3), text, text_first)
-        common = {"block_size": _sizes("block", block, 2), "order": order}
+        frames, height, width = sizes("grid", grid, 3)
+        layout = VideoLayout(frames, height, width, sizes("tile", tile, 3), text, text_first)
+        common = {"block_size": sizes("block", block, 2), "order": order}
         start = time.perf_counter()
         mask = combine(layout, pattern, option or [], common)
         seconds = time.perf_counter() - start
@@ -176,7 +176,7 @@ def _draw(mask: BlockMask, query: tuple[int, int, int], head: int, title: str, o
     fig.savefig(output, dpi=100)
 
 
-def _sizes(name: str, text: str, count: int) -> tuple[Any, ...]:
+def sizes(name: str, text: str, count: int) -> tuple[Any, ...]:
     """``8x23x40`` or ``8,23,40``."""
     parts = text.lower().replace("x", ",").split(",")
     if len(parts) != count or not all(p.strip().isdigit() for p in parts):
@@ -187,7 +187,7 @@ def _sizes(name: str, text: str, count: int) -> tuple[Any, ...]:
 
 
 def _query(layout: VideoLayout, text: str) -> tuple[int, int, int]:
-    at = _sizes("query", text, 3) if text else tuple(n // 2 for n in layout.grid)
+    at = sizes("query", text, 3) if text else tuple(n // 2 for n in layout.grid)
     if not all(x < n for x, n in zip(at, layout.grid, strict=True)):
         raise ValueError(f"query={text}: accepted are tokens of the grid {layout.grid}")
     return at[0], at[1], at[2]
