@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import torch
 from hhattn.simt import Counter, Report
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "simt"
+CUDA = SOURCES.parent / "cuda"
 HEADERS = ("machine", "numbers", "ptx", "simt")
 LIBRARY = ("async", "hooks", "instructions", "launch", "memory", "reports", "sync", "wgmma")
 #: What every file is compiled with. The CPU's own instructions are right here: it is built where it runs.
@@ -36,6 +38,7 @@ CU_FLAGS = (
     *("-x", "c++", "-include", "cuda.h", "-O1", "-g", "-fsanitize=thread,alignment"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
     "-fno-tree-sra",  # scalar replacement would split vector accesses, and their alignment would go unchecked
+    *("-Wno-unknown-pragmas", f"-I{CUDA}"),
 )
 
 READ_ONLY, READ_WRITE, WRITE_FIRST = range(3)
@@ -86,6 +89,18 @@ def digest(*parts: str | bytes | Path | Iterable[str]) -> str:
 def headers() -> list[Path]:
     """What compiled kernels depend on besides their source."""
     return sorted(SOURCES.glob("*.h"))
+
+
+def included(source: Path) -> list[Path]:
+    """The source and every file of ``csrc`` that it includes, directly or not: what its object is made of."""
+    found, left = [], [source.resolve()]
+    while left:
+        if (file := left.pop()) in found:
+            continue
+        found.append(file)
+        for name in re.findall(r'^\s*#include "([^"]+)"', file.read_text(), re.MULTILINE):
+            left += [p for folder in (file.parent, CUDA, SOURCES) if (p := (folder / name).resolve()).is_file()][:1]
+    return sorted(found)
 
 
 def install(made: Path, target: Path) -> None:
@@ -139,7 +154,8 @@ def build_cu(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """Compiles a .cu file for the emulator and loads it: its ``extern "C"`` functions launch its kernels on the CPU."""
     flags = (*FLAGS, *CU_FLAGS, *defines)
     source = source.resolve()
-    target = cache_dir() / f"cu-{digest(flags, source, *headers(), str(library()))}" / f"{source.stem}.so"
+    made_of = (*included(source), *headers(), str(library()))
+    target = cache_dir() / f"cu-{digest(flags, *made_of)}" / f"{source.stem}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix="hhattn-simt-") as name:
             made = Path(name)
@@ -159,7 +175,7 @@ def _resolve(library: str, offset: int) -> tuple[str, int]:
         return library, 0
     for line in lines:
         file, _, number = line.partition(" ")[0].rpartition(":")
-        if file and Path(file).parent != SOURCES:
+        if file and Path(file).parent != SOURCES and not Path(file).name.startswith("ptx"):
             return file, int(number) if number.isdigit() else 0
     return library, 0
 

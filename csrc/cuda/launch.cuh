@@ -1,0 +1,47 @@
+// Launching: kernel<<<...>>> for nvcc, the emulator's launch for g++. Both call the same kernels with the same arguments.
+#pragma once
+#include <cstddef>
+
+#include "args.h"
+#include "ptx.cuh"
+
+// Dynamic shared memory; there is no other (see ptx.cuh). Its start is aligned to 1024 bytes.
+#ifdef __CUDACC__
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#endif
+
+namespace hh {
+
+inline constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
+
+// Runs `kernel` and returns 0 or the number of a CUDA error, as launchers do. An empty grid is no launch. `name` is what the emulator's
+// reports and counters call it.
+template <class... Params, class... Args>
+int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
+#ifdef __CUDACC__
+  (void)name;
+  if (shared_bytes > SHARED_WITHOUT_ASKING) {
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
+  return static_cast<int>(cudaGetLastError());
+#else
+  (void)stream;
+  simt::launch(name, grid, block, shared_bytes, [&] { kernel(args...); }, &simt::image_marker);
+  return 0;
+#endif
+}
+
+// f(T{}) with the C++ type of a dtype.
+template <class F>
+int with_type(DType type, const F& f) {
+  switch (type) {
+    case DType::f32: return f(float{});
+    case DType::f16: return f(f16{});
+    default: return f(bf16{});
+  }
+}
+
+}  // namespace hh
