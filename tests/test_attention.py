@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from conftest import NATIVE_ISAS
 from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, causal:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(17, 17), (5, 23), (1, 9)])
+@pytest.mark.parametrize(("queries", "keys"), [(17, 17), (5, 23), (1, 9), (70, 150)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "dim_v"), [(2, 2, 40, 40), (6, 2, 112, 112), (2, 1, 64, 24)])
 def test_accuracy(
     dtype: torch.dtype, causal: bool, queries: int, keys: int, heads: int, kv_heads: int, dim: int, dim_v: int
@@ -44,9 +45,10 @@ def test_accuracy(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients(causal: bool) -> None:
-    q, k, v = (randn(1, s, h, 16, seed=s) for s, h in ((7, 4), (11, 2), (11, 2)))
-    grad_out = randn(1, 7, 4, 16, dtype=torch.float64)
+@pytest.mark.parametrize(("queries", "keys"), [(7, 11), (70, 150)])
+def test_gradients(queries: int, keys: int, causal: bool) -> None:
+    q, k, v = (randn(1, s, h, 16, seed=s) for s, h in ((queries, 4), (keys, 2), (keys, 2)))
+    grad_out = randn(1, queries, 4, 16, dtype=torch.float64)
 
     def gradients(run, dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -71,11 +73,21 @@ def test_autocast() -> None:
     torch.testing.assert_close(out, hhattn.attention(q.bfloat16(), k, k), rtol=0, atol=0)
 
 
-@pytest.mark.cpu_only("the reason is that there is no GPU")
-def test_flash_is_refused_with_its_reason() -> None:
-    q = randn(1, 6, 2, 8)
-    with hhattn.use_impl("flash"), pytest.raises(RuntimeError, match=r"flash-attn (is not installed|runs on CUDA)"):
+@pytest.mark.cpu_only("the native library is for the CPU")
+@pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
+def test_chooses_the_native_kernel_where_it_is_faster() -> None:
+    q = randn(1, 100, 2, 8)
+    with hhattn.use_impl("cpp"):
         hhattn.attention(q, q, q)
+        for refused, why in (
+            (q.bfloat16(), "matrix units"),
+            (q[:, :10], "10 tokens"),
+            (q.mT.contiguous().mT, "last dim"),
+        ):
+            with pytest.raises(RuntimeError, match=why):
+                hhattn.attention(refused, refused, refused)
+        with pytest.raises(RuntimeError, match="compiled function"):
+            torch.compile(hhattn.attention, backend="eager")(q, q, q)
 
 
 @pytest.mark.cpu_only("the reason is that there is no GPU")

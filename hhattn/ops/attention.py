@@ -1,21 +1,29 @@
-"""Dense softmax attention in this package's layout, by whichever library is there for it."""
+"""Dense softmax attention in this package's layout, by whichever implementation is the fastest there is for it."""
 
 from __future__ import annotations
 
 import importlib.util
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hhattn import _dispatch
+from hhattn import _dispatch, _ext
 from hhattn.ops import _amp, _check
+from hhattn.ops.block_sparse_attention import block_sparse_attention
+
+if TYPE_CHECKING:
+    from hhattn.masks import BlockMask
 
 OP = "attention"
+FEW = 64  # queries below which SDPA is faster than the native kernel, which works in blocks of them
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
-    """softmax(scale · q kᵀ) v over all keys: flash-attn where it is installed and takes the call, else torch's SDPA.
+    """softmax(scale · q kᵀ) v over all keys: flash-attn where it is installed and takes the call, the native
+    block-sparse kernel with every block for float32 on a CPU, else torch's SDPA.
 
     Args:
         q: [B, Sq, H, D]; k: [B, Sk, H_kv, D]; v: [B, Sk, H_kv, Dv]; H a multiple of H_kv; float32, float16 or bfloat16.
@@ -90,3 +98,41 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
+
+
+def _cpp_can_run(
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+) -> str | None:
+    if (reason := _ext.why_missing()) or q is None or k is None or v is None:
+        return reason
+    if q.device.type != "cpu":
+        return f"q is on {q.device}; cpp runs on the CPU"
+    if q.dtype != torch.float32:
+        return f"q is {q.dtype}, for which SDPA uses the CPU's matrix units"
+    if torch.compiler.is_compiling():
+        return "its list of blocks isn't made inside a compiled function"
+    if q.shape[1] < FEW:
+        return f"q has {q.shape[1]} tokens; below {FEW} SDPA is faster"
+    if max(q.shape[3], v.shape[3]) > 256:
+        return f"head dims up to 256, got D = {q.shape[3]} and Dv = {v.shape[3]}"
+    strides = [f"{name} ({x.stride(3)})" for name, x in (("q", q), ("k", k), ("v", v)) if x.stride(3) != 1]
+    return f"the last dim of {strides[0]} is not contiguous" if strides else None
+
+
+@lru_cache(maxsize=8)
+def _every_block(queries: int, keys: int, causal: bool) -> BlockMask:
+    from hhattn.masks import band
+
+    with torch.inference_mode(False), torch.device("cpu"):  # it may serve training later, under another default
+        return band(queries, keys, right=0 if causal else None, block_size=(64, 128))
+
+
+@_dispatch.register(OP, "cpp", _cpp_can_run)
+def _cpp(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool) -> Tensor:
+    mask = _every_block(q.shape[1], k.shape[1], causal)
+    return cast(Tensor, block_sparse_attention(q, k, v, mask, scale=scale, impl="cpp"))
