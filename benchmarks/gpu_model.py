@@ -53,6 +53,12 @@ GPUS = {
     100: Gpu("B200", 100, 148, 2250, 8.0, 4096, 1024, 128, 228 * KIB, 227 * KIB),
 }
 
+# For code that is compiled and not predicted: their SMs' limits alone count. The rest is not used. [guide]
+PARTS = GPUS | {
+    86: Gpu("sm_86", 86, 84, 0, 0, 512, 512, 128, 100 * KIB, 99 * KIB, warps=48, blocks=16),
+    120: Gpu("sm_120", 120, 170, 0, 0, 512, 512, 128, 100 * KIB, 99 * KIB, warps=48, blocks=24),
+}
+
 PIPES = ("tensor", "fp32", "alu", "mufu", "shared", "l2", "tmem", "issue")
 
 

@@ -46,9 +46,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: the numbers of its instructions, those of loops within it included."""
+    """A natural loop: the numbers of its instructions, those of loops within it included; ``always`` are those that
+    every run executes, whichever way its branches go."""
 
     body: frozenset[int]
+    always: frozenset[int] = frozenset()
 
     @property
     def start(self) -> int:
@@ -155,18 +157,31 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
         return node == head
 
     bodies: dict[int, set[int]] = {}
+    ends: dict[int, set[int]] = {}  # where a loop jumps back
     for i, following in enumerate(edges):
         for head in following:
             if parent[i] < 0 or not dominates(head, i):
                 continue
             body = bodies.setdefault(head, {head})
+            ends.setdefault(head, set()).add(i)
             stack = [i]
             while stack:
                 node = stack.pop()
                 if node not in body and parent[node] >= 0:
                     body.add(node)
                     stack.extend(before[node])
-    found = [Loop(frozenset(body)) for body in bodies.values()]
+
+    def on_every_way(head: int, end: int) -> set[int]:
+        passed = {end}
+        while end != head:
+            end = parent[end]
+            passed.add(end)
+        return passed
+
+    found = [
+        Loop(frozenset(body), frozenset.intersection(*(frozenset(on_every_way(head, end)) for end in ends[head])))
+        for head, body in bodies.items()
+    ]
     return sorted(found, key=lambda loop: (loop.start, -len(loop.body)))
 
 

@@ -377,3 +377,15 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
   m.fiber = nullptr;
   m.kernel = "";
 }
+
+bool simt::recorded(const void *kernel, const char *name, Dim3 grid, Dim3 block, size_t shared_bytes) {
+  std::lock_guard lock(one_at_a_time);
+  if (machine.recording) machine.launches.push_back({kernel, name, grid, block, shared_bytes});
+  return machine.recording;
+}
+
+extern "C" void simt_record(int on) {
+  std::lock_guard lock(one_at_a_time);
+  machine.recording = on != 0;
+  if (on) machine.launches.clear();
+}

@@ -195,6 +195,13 @@ struct CounterKey {
   bool operator<(const CounterKey &other) const { return tie() < other.tie(); }
 };
 
+struct Recorded {  // a launch that wasn't run
+  const void *kernel;
+  std::string name;
+  Dim3 grid, block;
+  size_t shared_bytes;
+};
+
 struct Options {
   uint64_t seed = 0;
   bool checks = true, counters = false;
@@ -231,6 +238,8 @@ struct Machine {
   Tensor *last_tensor = nullptr;
   std::vector<Report> reports;
   std::map<CounterKey, Counter> counters;
+  bool recording = false;
+  std::vector<Recorded> launches;
   std::vector<std::pair<const char *, const char *>> image;  // the kernel's library: its constants may be read
 };
 extern Machine machine;

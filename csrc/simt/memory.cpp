@@ -362,8 +362,8 @@ using namespace simt;
 
 extern "C" {
 void simt_register(const void *p, size_t bytes, const char *name, int kind) {
-  if (!bytes) return;
   std::lock_guard lock(one_at_a_time);
+  if (!bytes || machine.recording) return;
   auto *begin = static_cast<char *>(const_cast<void *>(p));
   for (Tensor &t : machine.tensors) {  // the same memory twice is one tensor
     if (t.begin != begin || t.end != begin + bytes) continue;

@@ -62,6 +62,18 @@ static py::list counters() {
   return out;
 }
 
+static py::list launches() {
+  Gate gate;
+  py::list out;
+  for (const Recorded &r : machine.launches) {
+    Dl_info info;
+    const bool known = dladdr(r.kernel, &info) && info.dli_saddr == r.kernel && info.dli_sname;
+    out.append(py::make_tuple(known ? info.dli_sname : "", r.name, py::make_tuple(r.grid.x, r.grid.y, r.grid.z),
+                              py::make_tuple(r.block.x, r.block.y, r.block.z), r.shared_bytes));
+  }
+  return out;
+}
+
 static void launch_body(const std::string &kernel, uintptr_t body, py::bytes params, std::array<unsigned, 3> grid,
                         std::array<unsigned, 3> block, size_t shared_bytes) {
   std::string bytes = params;  // aligned for any parameter, as operator new's memory is
@@ -92,4 +104,8 @@ PYBIND11_MODULE(_simt, m) {
         py::arg("shared_bytes") = 0, "Run a kernel: `body` is the address of a simt::Body, `params` what it gets.");
   m.def("reports", &reports, "What was found so far.");
   m.def("counters", &counters, "Requests and their cost by instruction.");
+  m.def(
+      "record", [](bool on) { simt_record(on); }, py::arg("on"), py::call_guard<py::gil_scoped_release>(),
+      "Launches of CUDA sources are recorded from now on, or run again.");
+  m.def("launches", &launches, "Recorded ones: the kernel's symbol, what the source calls it, grid, block, shared bytes.");
 }

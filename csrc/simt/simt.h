@@ -51,6 +51,9 @@ void launch(const char *kernel, Dim3 grid, Dim3 block, size_t shared_bytes, F bo
   simt_launch(kernel, [](const void *f) { (*static_cast<const F *>(f))(); }, &body, g, b, shared_bytes, image);
 }
 
+// Whether launches are recorded instead of run (simt_record): host code asks before it launches `kernel`, its __global__ function.
+bool recorded(const void *kernel, const char *name, Dim3 grid, Dim3 block, size_t shared_bytes);
+
 // ---- memory. n bytes, a power of two up to 16, must be aligned to n. Pointers are to registered tensors, to shared memory
 // (shared_ptr of a 32-bit address) or to the thread's own stack, which is never checked.
 void mem_read(const void *p, unsigned n, Site = Site::here());                       // check only: the caller loads
@@ -128,4 +131,5 @@ void simt_register(const void *p, size_t bytes, const char *name, int access);
 void simt_unregister_all();                                // between launches, as memory may be reused
 void simt_reset();                                         // tensors, reports and counters
 void simt_options(uint64_t seed, int checks, int counters, int resident);  // resident: blocks that run interleaved
+void simt_record(int on);  // 1: forget what was recorded; from now on launches are recorded, and no memory is registered
 }

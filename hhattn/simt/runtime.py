@@ -18,8 +18,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,19 @@ def _place(place: tuple[str, int, bool]) -> tuple[str, int]:
     return _resolve(file, line) if is_counter else (file, line)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A launch of a CUDA kernel that was not run: the kernel's symbol (mangled, as nvcc mangles it too; "" if it has
+    none, as in an unnamed namespace), what the source calls it, blocks, threads of a block, bytes of dynamic shared
+    memory."""
+
+    symbol: str
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+
+
 class Runtime:
     """The emulator in this process. Launches run one at a time; its state is the process's."""
 
@@ -227,6 +242,18 @@ class Runtime:
     ) -> None:
         """Run the kernel whose ``simt::Body`` lies at address ``body``, with ``params`` as its parameters."""
         self._module.launch(kernel, body, params, tuple(grid), tuple(block), shared_bytes)
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Recorded]]:
+        """While it is active, CUDA kernels are not run; the list holds their launches at its end. No memory is touched,
+        so tensors may be meta tensors of any size."""
+        launches: list[Recorded] = []
+        self._module.record(True)
+        try:
+            yield launches
+        finally:
+            launches += [Recorded(*each) for each in self._module.launches()]
+            self._module.record(False)
 
     def reports(self) -> list[Report]:
         """What was found since the last reset."""
