@@ -87,17 +87,18 @@ def test_a_changed_header_is_a_new_compilation(tmp_path: Path) -> None:
     assert (before.kernels[0].count("LDG"), after.kernels[0].count("LDG")) == (0, 1)
 
 
-RECORDED = """
-namespace hh {
-struct bf16 { unsigned short bits; };
-template <class T, int D> __global__ void fill(T* y, const uint4* x, size_t n) { y[n] = T{}; }
-}
-extern "C" int fill(void* y, size_t n) {
-  auto kernel = &hh::fill<hh::bf16, 128>;
-  if (simt::recorded(reinterpret_cast<const void*>(kernel), "fill", {unsigned(n), 2, 1}, {96}, 1000)) return 0;
-  LAUNCH(kernel, dim3(1), dim3(1), 0, static_cast<hh::bf16*>(y), nullptr, n);
-  return 1;
-}
+RECORDED = f"""
+#include "{cuda_code.CUDA}/launch.cuh"
+namespace hh {{
+template <class T, int D> __global__ void fill(T* y, const uint4* x, size_t n) {{
+  if (blockIdx.y == 1 && threadIdx.x == 95) y[blockIdx.x] = T{{}};
+}}
+}}
+extern "C" int fill(void* y, size_t n) {{
+  const auto* x = static_cast<const uint4*>(y);
+  const auto kernel = hh::fill<hh::bf16, 128>;
+  return hh::launch("fill", kernel, dim3(n, 2), dim3(96), 1000, nullptr, static_cast<hh::bf16*>(y), x, n);
+}}
 """
 
 
@@ -112,12 +113,13 @@ def test_launches_are_recorded_instead_of_run(tmp_path: Path) -> None:
     with runtime().recording() as launches:
         runtime().register_range(0, 1 << 50, "memory that isn't there")
         assert fill(None, ctypes.c_size_t(1 << 20)) == 0
+        assert fill(None, ctypes.c_size_t(0)) == 0
     symbol = "_ZN2hh4fillINS_4bf16ELi128EEEvPT_PK5uint4m"
     assert launches == [Recorded(symbol, "fill", (1 << 20, 2, 1), (96, 1, 1), 1000)]
     assert cuda_code.plain_name("void hh::fill<hh::bf16, 128>(hh::bf16*)") == "fill<bf16,128>"
     out = (ctypes.c_uint16 * 4)(1, 1, 1, 1)
     runtime().register_range(ctypes.addressof(out), ctypes.addressof(out) + 8, "out")
-    assert fill(out, ctypes.c_size_t(2)) == 1
-    assert list(out) == [1, 1, 0, 1]
+    assert fill(out, ctypes.c_size_t(3)) == 0
+    assert list(out) == [0, 0, 0, 1]
     assert not runtime().reports()
     runtime().reset()
