@@ -27,15 +27,15 @@ class Family:
     """A family: how to make a small model, the arguments of one call, and what it is like.
 
     text_len: text tokens that take part in self-attention; text_first: they come before the video. padded: some of them
-    are padding. attention: the name of a block's self-attention. linear: it is linear, without scores to mask.
-    own_norms: lists of blocks that keep their own norms.
+    are padding. attention: the names of a block's self-attention layers, the video's first. linear: it is linear,
+    without scores to mask. own_norms: lists of blocks that keep their own norms.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[torch.dtype], dict[str, Any]]
     blocks: tuple[str, ...] = ("transformer_blocks",)
-    attention: str = "attn1"
+    attention: tuple[str, ...] = ("attn1",)
     text_len: int = 0
     text_first: bool = False
     padded: bool = False
@@ -46,13 +46,18 @@ class Family:
         return randomize(self.make()).to(dtype)
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        return model(**self.inputs(dtype), return_dict=False)[0]
+        """What it puts out; video and audio of a model that makes both, in one."""
+        out = model(**self.inputs(dtype), return_dict=False)
+        return out[0] if len(out) == 1 else torch.cat([x.flatten(1) for x in out], dim=1)
 
     def layout(self) -> hhattn.VideoLayout:
         return hhattn.VideoLayout(*GRID, tile=(1, 2, 2), text_len=self.text_len, text_first=self.text_first)
 
     def attentions(self, model: nn.Module) -> list[nn.Module]:
-        return [getattr(block, self.attention) for name in self.blocks for block in getattr(model, name)]
+        return [getattr(block, name) for block in self.all_blocks(model) for name in self.attention]
+
+    def all_blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [block for name in self.blocks for block in getattr(model, name)]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -135,6 +140,14 @@ def _ltx() -> nn.Module:
     )
 
 
+def _ltx2(**settings: Any) -> nn.Module:
+    return diffusers.LTX2VideoTransformer3DModel(
+        in_channels=8, out_channels=8, cross_attention_dim=32, audio_in_channels=6, audio_out_channels=6,
+        audio_num_attention_heads=2, audio_attention_head_dim=12, audio_cross_attention_dim=24, num_layers=2,
+        caption_channels=16, **HEADS, **settings,
+    )  # fmt: skip
+
+
 def _mochi() -> nn.Module:
     return diffusers.MochiTransformer3DModel(
         in_channels=4, num_layers=2, pooled_projection_dim=16, text_embed_dim=16, time_embed_dim=8, **HEADS
@@ -192,10 +205,44 @@ def _ltx_inputs(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+AUDIO = 9
+
+
+def _ltx2_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    inputs = _ltx_inputs(dtype)
+    del inputs["rope_interpolation_scale"]
+    return {
+        **inputs,
+        "audio_hidden_states": randn(2, AUDIO, 6, dtype=dtype, seed=3),
+        "audio_encoder_hidden_states": _text(dtype, 4),
+        "audio_encoder_attention_mask": _padding(),
+        "audio_num_frames": AUDIO,
+    }
+
+
+def _ltx23_inputs(dtype: torch.dtype) -> dict[str, Any]:
+    """A noise level a token, texts already projected, the second clip's second block guided by its values."""
+    return {
+        **_ltx2_inputs(dtype),
+        "encoder_hidden_states": _text(dtype, width=32),
+        "audio_encoder_hidden_states": _text(dtype, 4, 24),
+        "timestep": 1000 * randn(2, TOKENS, seed=5).sigmoid(),
+        "audio_timestep": _timestep(),
+        "sigma": _timestep(),
+        "use_cross_timestep": True,
+        "spatio_temporal_guidance_blocks": [1],
+        "perturbation_mask": torch.tensor([1.0, 0.0], dtype=dtype),
+    }
+
+
 def _mochi_inputs(dtype: torch.dtype) -> dict[str, Any]:
     return {**_video(dtype), "encoder_attention_mask": _padding()}
 
 
+_ltx23 = partial(
+    _ltx2, rope_type="split", gated_attn=True, audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True,
+    perturbed_attn=True, use_prompt_embeddings=False,
+)  # fmt: skip
 HUNYUAN_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 FAMILIES = [
     Family("Wan", _wan, _video, ("blocks",)),
@@ -203,14 +250,16 @@ FAMILIES = [
     Family("Wan VACE", _vace, _control, ("blocks", "vace_blocks"), own_norms=("vace_blocks",)),
     Family("SANA-Video", _sana, _video, linear=True),
     Family(
-        "HunyuanVideo", _hunyuan, _hunyuan_inputs, HUNYUAN_BLOCKS, "attn", TEXT, padded=True
+        "HunyuanVideo", _hunyuan, _hunyuan_inputs, HUNYUAN_BLOCKS, ("attn",), TEXT, padded=True
     ),
     Family(
         "HunyuanVideo I2V", partial(_hunyuan, image_condition_type="token_replace"), _hunyuan_inputs, HUNYUAN_BLOCKS,
-        "attn", TEXT, padded=True, own_norms=HUNYUAN_BLOCKS,
+        ("attn",), TEXT, padded=True, own_norms=HUNYUAN_BLOCKS,
     ),
-    Family("HunyuanVideo 1.5", _hunyuan15, _hunyuan15_inputs, attention="attn", text_len=TEXT + 5, padded=True),
+    Family("HunyuanVideo 1.5", _hunyuan15, _hunyuan15_inputs, attention=("attn",), text_len=TEXT + 5, padded=True),
     Family("CogVideoX", _cogvideox, _cogvideox_inputs, text_len=TEXT, text_first=True),
     Family("LTX-Video", _ltx, _ltx_inputs),
+    Family("LTX-2", _ltx2, _ltx2_inputs, attention=("attn1", "audio_attn1")),
+    Family("LTX-2.3", _ltx23, _ltx23_inputs, attention=("attn1", "audio_attn1")),
     Family("Mochi", _mochi, _mochi_inputs, text_len=TEXT, padded=True),
 ]  # fmt: skip

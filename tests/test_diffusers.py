@@ -302,3 +302,28 @@ def test_backend_refuses_another_dispatcher(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delattr(attention_dispatch, "AttentionBackendName")
     with pytest.raises(RuntimeError, match=r"has another dispatcher than the releases tested"):
         register_backend()
+
+
+@torch.no_grad()
+def test_ltx2_variants() -> None:
+    """Streams that don't meet, all values in place of what is attended, texts modulated by a table alone, positions
+    that are given, and a mask of pairs, which is refused."""
+    ltx, later = family("LTX-2"), family("LTX-2.3")
+    fixed = randomize(type(later.make()).from_config({**later.make().config, "use_prompt_adaln_single": False}))
+    perturbed = {"perturbation_mask": torch.zeros(2), "spatio_temporal_guidance_blocks": [0]}
+    coords = 20 * randn(2, 3, TOKENS, 2, seed=8).sigmoid()
+    for own, model, more in (
+        (ltx, ltx.model(), {"isolate_modalities": True}),
+        (ltx, ltx.model(), {"video_coords": coords}),
+        (later, later.model(), perturbed),
+        (later, fixed, {}),
+    ):
+        inputs = {**own.inputs(torch.float32), **more}
+        before = model(**inputs, return_dict=False)
+        with hhattn.swap(model):
+            after = model(**inputs, return_dict=False)
+        assert all(relative(a, b) < 2e-5 for a, b in zip(after, before, strict=True)), more.keys()
+        assert torch.equal(model(**inputs, return_dict=False)[0], before[0])
+    model = ltx.model()
+    with hhattn.swap(model), pytest.raises(ValueError, match="attention_mask must be None"):
+        model(**ltx.inputs(torch.float32), video_self_attention_mask=torch.ones(2, TOKENS, TOKENS))

@@ -33,12 +33,12 @@ def test_exact_swap_gives_the_same_and_undo_the_same_bits(family: Family, norms:
     assert relative(after, before) <= 2e-5
     if os.environ.get("HHATTN_IMPL") != "reference":  # whose bits are diffusers' own for most families
         assert not torch.equal(after, before), "nothing was swapped"
-    attention = [layer for layer in handle.layers if layer.part == "self-attention"]
+    attention = [layer for layer in handle.layers if layer.part.endswith("self-attention")]
     assert len(attention) == len(family.attentions(model))
     assert all(layer.swapped for layer in attention)
     assert [layer.swapped for layer in handle.layers if layer.part == "q/k norm"] == [norms] * len(attention)
     fused = {layer.path: layer.swapped for layer in handle.layers if layer.part == "block norms"}
-    assert len(fused) == len(attention)
+    assert len(fused) == len(family.all_blocks(model))
     assert fused == {path: norms and path.split(".")[0] not in family.own_norms for path in fused}
     assert all(layer.swapped == rope for layer in handle.layers if layer.part == "rope")
     assert model.state_dict().keys() == state.keys()

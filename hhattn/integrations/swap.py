@@ -24,6 +24,7 @@ FAMILIES = {
     "CogVideoXTransformer3DModel": "hhattn.integrations.diffusers.cogvideox",
     "HunyuanVideoTransformer3DModel": "hhattn.integrations.diffusers.hunyuan_video",
     "HunyuanVideo15Transformer3DModel": "hhattn.integrations.diffusers.hunyuan_video",
+    "LTX2VideoTransformer3DModel": "hhattn.integrations.diffusers.ltx2",
     "LTXVideoTransformer3DModel": "hhattn.integrations.diffusers.ltx",
     "MochiTransformer3DModel": "hhattn.integrations.diffusers.mochi",
     "SanaVideoTransformer3DModel": "hhattn.integrations.diffusers.sana_video",
@@ -147,7 +148,7 @@ def swap(
 
     Args:
         model_or_pipeline: a transformer of diffusers (Wan, SANA-Video, HunyuanVideo, HunyuanVideo 1.5, CogVideoX,
-            LTX-Video, Mochi), or a pipeline with one or more of them.
+            LTX-Video, LTX-2, Mochi), or a pipeline with one or more of them.
         attention: "exact": :func:`hhattn.block_linear_attention` for SANA-Video, else :func:`hhattn.attention`. For all
             but SANA-Video also what has :func:`hhattn.block_sparse_attention` attend a part of the pairs:
 

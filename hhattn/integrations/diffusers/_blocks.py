@@ -30,15 +30,23 @@ def argument(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def swap_attention(
-    handle: Swap, path: str, attn: Any, kind: type, make: Callable[[bool], object], norms: bool, rope: bool, by: str
+    handle: Swap,
+    path: str,
+    attn: Any,
+    kind: type,
+    make: Callable[[bool], object],
+    norms: bool,
+    rope: bool,
+    by: str,
+    part: str = "self-attention",
 ) -> None:
     """Give the self-attention at ``path`` the processor ``make(fuse_norms)`` in place of its own ``kind``, and write
-    down what became of it, of the norms of its q and k and of their rotation."""
+    down what became of it (as ``part``), of the norms of its q and k and of their rotation."""
     if why := why_not_swapped(attn.processor, kind):
-        handle.left(path, "self-attention", why)
+        handle.left(path, part, why)
         return
     handle.set_processor(path, attn, make(record_norms(handle, path, attn, norms)))
-    handle.swapped(path, "self-attention", by)
+    handle.swapped(path, part, by)
     if rope:
         handle.swapped(path, "rope", "hhattn.qk_norm_rope")
     else:

@@ -54,17 +54,24 @@ def heads(attn: Any, x: Tensor) -> Tensor:
 
 
 def norm_rope(
-    attn: Any, q: Tensor, k: Tensor, rope: Rope, fuse: bool, text_len: int = 0, text_first: bool = False
+    attn: Any,
+    q: Tensor,
+    k: Tensor,
+    rope: Rope,
+    fuse: bool,
+    text_len: int = 0,
+    text_first: bool = False,
+    rotate: str = "interleaved",
 ) -> tuple[Tensor, Tensor]:
     """q, k [B, S, H·D] -> [B, S, H, D], normed (by the op where ``fuse``) and rotated by the op given ``rope``, but for
     ``text_len`` tokens at one end."""
     cos, sin = (None, None) if rope is None else rope
-    text: dict[str, Any] = {"text_len": text_len, "text_first": text_first}
+    where: dict[str, Any] = {"text_len": text_len, "text_first": text_first, "rotate": rotate}
     if fuse:
         q, k = heads(attn, q), heads(attn, k)
-        return hhattn.qk_norm_rope(q, k, cos, sin, **norm_of(attn.norm_q, attn.norm_k, q.dtype, q.shape[3]), **text)
+        return hhattn.qk_norm_rope(q, k, cos, sin, **norm_of(attn.norm_q, attn.norm_k, q.dtype, q.shape[3]), **where)
     q, k = _normed(attn, attn.norm_q, q), _normed(attn, attn.norm_k, k)
-    return (q, k) if rope is None else hhattn.qk_norm_rope(q, k, cos, sin, norm=None, **text)
+    return (q, k) if rope is None else hhattn.qk_norm_rope(q, k, cos, sin, norm=None, **where)
 
 
 def norm_added(attn: Any, q: Tensor, k: Tensor, fuse: bool) -> tuple[Tensor, Tensor]:
