@@ -1,0 +1,327 @@
+// block_sparse_attention, forward, on mma.sync (sm_80 and later): a block of four warps holds a tile of a mask block's queries and
+// follows its list. With c = scale · log2 e and raw scores r_ij = q_i·k_j, a tile of keys at a time:
+//
+//     p_ij = 2^(c·r_ij - c·m_i)      l_i = Σ_j p_ij      out_i = Σ_j p_ij v_j / l_i      lse_i = (c·m_i + log2 l_i) / log2 e
+//
+// m_i is the largest score that has been seen, or one at most 2^8 times smaller in weight: sums are scaled anew when it no longer is.
+//
+// A warp has 32 rows, so that a fragment of keys or values, read once from shared memory, serves two products: with 16 the reading,
+// 128 bytes a clock, would take as long as the tensor cores do. Tiles of keys and values follow one another through a ring of three:
+// one is worked on, one is on its way. Where a mask block has 64 queries, two warps hold them and the other two take the other half
+// of every tile's keys; their sums are added at the end.
+#include "block_sparse_lists.cuh"
+#include "block_sparse_tiles.cuh"
+#include "launch.cuh"
+
+namespace hh {
+namespace {
+
+// What a block does: dims up to HEAD, KEY_WARPS warps side by side along the keys.
+template <class Type, int HEAD_, int KEY_WARPS_>
+struct Shape {
+  using T = Type;
+  static constexpr int HEAD = HEAD_, KEY_WARPS = KEY_WARPS_;
+  static constexpr int ATOMS = HEAD > 128 ? 1 : 2;  // 16 rows each, of a warp; beyond 128 dims the sums of two don't fit registers
+  static constexpr int WARP_ROWS = 16 * ATOMS, ROWS = WARP_ROWS * WARPS / KEY_WARPS;
+  static constexpr int KEYS = HEAD > 128 ? 32 : 64, WARP_KEYS = KEYS / KEY_WARPS, WORDS = WARP_KEYS / 32;
+  using Rows = Tile<HEAD>;
+  static constexpr uint32_t SLOT = KEYS * Rows::PITCH, RING = 3 * SLOT;
+  static constexpr uint32_t SHARED = ROWS * Rows::PITCH + RING;
+};
+
+constexpr float LAZY = 8;  // how far scores, to base 2, may pass m before sums are scaled anew
+
+// One warp's rows: their sums, and the running softmax. A lane holds rows lane / 4 and + 8 of every 16, and their columns
+// lane % 4 · 2 and + 1 of every 8.
+template <class S>
+struct Sums {
+  float out[S::ATOMS][S::HEAD / 8][4] = {};
+  float top[S::ATOMS][2], total[S::ATOMS][2] = {};
+};
+
+// Raw scores of the warp's rows with a tile's keys.
+template <class S>
+HH_DEVICE void scores(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+    for (int j = 0; j < S::WARP_KEYS / 8; ++j) s[a][j][0] = s[a][j][1] = s[a][j][2] = s[a][j][3] = 0;
+#pragma unroll
+  for (int d = 0; d < S::HEAD / 16; ++d) {
+    uint32_t rows[S::ATOMS][4];
+#pragma unroll
+    for (int a = 0; a < S::ATOMS; ++a) ptx::ldmatrix_x4(rows[a], (q ^ (d * 32)) + a * 16 * S::Rows::PITCH);
+#pragma unroll
+    for (int j = 0; j < S::WARP_KEYS / 16; ++j) {
+      uint32_t keys[4];
+      ptx::ldmatrix_x4(keys, (k ^ (d * 32)) + j * 16 * S::Rows::PITCH);
+#pragma unroll
+      for (int a = 0; a < S::ATOMS; ++a) multiply<typename S::T>(s[a][2 * j], s[a][2 * j + 1], rows[a], keys);
+    }
+  }
+}
+
+// Scores of pairs that aren't kept become -inf. `words` are bits of the lane's rows.
+template <class S>
+HH_DEVICE void mask_scores(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], const uint32_t (&words)[S::ATOMS][2][S::WORDS], int lane) {
+#pragma unroll
+  for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+    for (int j = 0; j < S::WARP_KEYS / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t word = words[a][e / 2][j / 4] >> (lane % 4 * 2);
+        if (!(word & (1u << (j % 4 * 8 + e % 2)))) s[a][j][e] = -INFINITY;
+      }
+}
+
+// Scores become weights; top, total and out follow.
+template <class S>
+HH_DEVICE void softmax(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], Sums<S>& sums, float c) {
+  float now[S::ATOMS][2];
+  bool moved = false;
+#pragma unroll
+  for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float most = s[a][0][2 * r];
+#pragma unroll
+      for (int j = 0; j < S::WARP_KEYS / 8; ++j) most = fmaxf(most, fmaxf(s[a][j][2 * r], s[a][j][2 * r + 1]));
+      now[a][r] = ptx::quad_max(most);
+      moved |= now[a][r] * c > sums.top[a][r] * c + LAZY;
+    }
+  if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+    for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float top = fmaxf(sums.top[a][r], now[a][r]);
+        const float keep = top == -INFINITY ? 1.0f : ptx::exp2((sums.top[a][r] - top) * c);
+        sums.top[a][r] = top;
+        sums.total[a][r] *= keep;
+#pragma unroll
+        for (int d = 0; d < S::HEAD / 8; ++d) sums.out[a][d][2 * r] *= keep, sums.out[a][d][2 * r + 1] *= keep;
+      }
+  }
+#pragma unroll
+  for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float shift = sums.top[a][r] == -INFINITY ? 0.0f : sums.top[a][r] * c;
+      float total = 0;
+#pragma unroll
+      for (int j = 0; j < S::WARP_KEYS / 8; ++j)
+#pragma unroll
+        for (int e = 2 * r; e < 2 * r + 2; ++e) total += s[a][j][e] = ptx::exp2(fmaf(s[a][j][e], c, -shift));
+      sums.total[a][r] += total;
+    }
+}
+
+// out += weights · the tile's values.
+template <class S>
+HH_DEVICE void add_values(Sums<S>& sums, const float (&p)[S::ATOMS][S::WARP_KEYS / 8][4], uint32_t v) {
+#pragma unroll
+  for (int j = 0; j < S::WARP_KEYS / 16; ++j) {
+    uint32_t weights[S::ATOMS][4];
+#pragma unroll
+    for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weights[a][i] = ptx::pack<typename S::T>(p[a][2 * j + i / 2][i % 2 * 2], p[a][2 * j + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+    for (int d = 0; d < S::HEAD / 16; ++d) {
+      uint32_t values[4];
+      ptx::ldmatrix_x4_trans(values, (v ^ (d * 32)) + j * 16 * S::Rows::PITCH);
+#pragma unroll
+      for (int a = 0; a < S::ATOMS; ++a)
+        multiply<typename S::T>(sums.out[a][2 * d], sums.out[a][2 * d + 1], weights[a], values);
+    }
+  }
+}
+
+// The bits of a tile of keys for the lane's rows, those of the block at or beyond `limit` left out.
+template <class S>
+HH_DEVICE void kept(uint32_t (&words)[S::ATOMS][2][S::WORDS], const BlockSparseMask& m, const Part& part, int row, int key, int limit) {
+#pragma unroll
+  for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = row + a * 16 + r * 8;
+      if (part.tile < 0)
+        first_words(words[a][r], key, part.count);
+      else if (at < limit)
+        mask_words(words[a][r], m, part.tile, at, part.start + key);
+      else
+        first_words(words[a][r], 0, 0);
+    }
+}
+
+// The sums of the warps that took the second half of the keys, added to those of the first.
+template <class S>
+HH_DEVICE void join(Sums<S>& sums, uint32_t shared, int warp, int lane, float c) {
+  constexpr int ROW_WARPS = WARPS / S::KEY_WARPS, FLOATS = S::ATOMS * (S::HEAD / 2 + 4);
+  const uint32_t at = shared + (warp % ROW_WARPS * 32 * FLOATS + lane) * 4;  // float i of every lane, then float i + 1
+  const auto each = [&](auto f) {
+    int i = 0;
+#pragma unroll
+    for (int a = 0; a < S::ATOMS; ++a)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float keep[2];
+        f(sums.top[a][r], at + 128 * i++, keep, 0);
+        f(sums.total[a][r], at + 128 * i++, keep, 1);
+#pragma unroll
+        for (int d = 0; d < S::HEAD / 8; ++d)
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) f(sums.out[a][d][e], at + 128 * i++, keep, 1);
+      }
+  };
+  __syncthreads();  // the ring is free
+  if (warp >= ROW_WARPS) each([](float x, uint32_t to, float*, int) { ptx::store_shared(to, __float_as_uint(x)); });
+  __syncthreads();
+  if (warp < ROW_WARPS) {
+    each([c](float& x, uint32_t from, float* keep, int kind) {
+      const float other = __uint_as_float(ptx::load_shared(from));
+      if (kind == 0) {
+        const float top = fmaxf(x, other);
+        keep[0] = top == -INFINITY ? 1.0f : ptx::exp2((x - top) * c);
+        keep[1] = top == -INFINITY ? 1.0f : ptx::exp2((other - top) * c);
+        x = top;
+      } else {
+        x = x * keep[0] + other * keep[1];
+      }
+    });
+  }
+}
+
+// out and lse of the warp's rows, `rows` of which are real; through the warp's own rows of shared memory, so that stores are wide.
+// `query` is the first row's number among all of the batch entry's and head's rows of lse.
+template <class S>
+HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t shared, int64_t batch, int head, int first, int rows,
+                     int lane, float c) {
+#pragma unroll
+  for (int atom = 0; atom < S::ATOMS; ++atom)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = atom * 16 + r * 8 + lane / 4;
+      const float total = ptx::quad_sum(sums.total[atom][r]), inverse = total == 0 ? 0.0f : 1 / total;
+#pragma unroll
+      for (int d = 0; d < S::HEAD / 8; ++d)
+        ptx::store_shared(shared + S::Rows::place(row, d) + lane % 4 * 4,
+                          ptx::pack<typename S::T>(sums.out[atom][d][2 * r] * inverse, sums.out[atom][d][2 * r + 1] * inverse));
+      if (lane % 4 == 0 && row < rows)
+        a.lse[(batch * a.heads + head) * a.q_len + first + row] =
+            total == 0 ? -INFINITY : (sums.top[atom][r] * c + ptx::log2(total)) * LN_2;
+    }
+  __syncwarp();
+  constexpr int COLUMNS = S::Rows::COLUMNS, STEP = 32 / COLUMNS;
+  const int column = lane % COLUMNS;
+  if (column >= S::Rows::CHUNKS || column * 8 >= a.v_dim) return;
+  uint16_t* out = static_cast<uint16_t*>(a.out) + ((batch * a.q_len + first) * a.heads + head) * a.v_dim + column * 8;
+  for (int row = lane / COLUMNS; row < rows && row < S::WARP_ROWS; row += STEP)
+    *reinterpret_cast<uint4*>(out + int64_t(row) * a.heads * a.v_dim) = ptx::load_shared4(shared + S::Rows::place(row, column));
+}
+
+template <class S>
+__global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ BlockSparseArgs a) {
+  DYNAMIC_SHARED(memory);
+  const uint32_t shared = ptx::smem_address(memory), ring = shared + S::ROWS * S::Rows::PITCH;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
+  const int index = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
+  const int64_t batch = index / a.mask.nq;
+  const int first = index % a.mask.nq * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
+  const int warp_row = warp % (WARPS / S::KEY_WARPS) * S::WARP_ROWS, warp_key = warp / (WARPS / S::KEY_WARPS) * S::WARP_KEYS;
+  const auto at = [](const Heads& x, int64_t b, int64_t h) {
+    return static_cast<const uint16_t*>(x.in.data) + b * x.batch + h * x.head;
+  };
+  const uint16_t *k = at(a.k, batch, head / (a.heads / a.kv_heads)), *v = at(a.v, batch, head / (a.heads / a.kv_heads));
+  const float c = a.scale * LOG2_E;
+
+  auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, index % a.mask.nq, a.k_len);
+  const int steps = walk.steps();
+  const auto load = [&](uint32_t slot, const uint16_t* from, int64_t token, int dim, const Part& part) {
+    S::Rows::template copy<S::KEYS>(ring + slot, from + part.first * token, token, part.count, dim);
+  };
+  const auto after = [](uint32_t slot) { return slot + S::SLOT == S::RING ? 0 : slot + S::SLOT; };
+  Part part{};
+  if (steps > 0) {
+    part = walk.next();
+    S::Rows::template copy<S::ROWS>(shared, at(a.q, batch, head) + first * a.q.token, a.q.token, rows, a.dim);
+    load(0, k, a.k.token, a.dim, part);
+  }
+  ptx::cp_async_commit();
+  if (steps > 0) load(S::SLOT, v, a.v.token, a.v_dim, part);
+  ptx::cp_async_commit();
+
+  Sums<S> sums;
+#pragma unroll
+  for (int i = 0; i < 2 * S::ATOMS; ++i) sums.top[i / 2][i % 2] = -INFINITY;
+  const uint32_t q_at = shared + warp_row * S::Rows::PITCH + S::Rows::a_rows(lane);
+  const uint32_t k_at = ring + warp_key * S::Rows::PITCH + S::Rows::b_rows(lane);
+  const uint32_t v_at = ring + warp_key * S::Rows::PITCH + S::Rows::b_columns(lane);
+  uint32_t slot = 0;  // of the keys; the values' comes next
+  for (int step = 1; step <= steps; ++step) {
+    const uint32_t values = after(slot), ahead = after(values);
+    Part next{};
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // keys are there, the last values done with
+    if (step < steps) {
+      next = walk.next();
+      load(ahead, k, a.k.token, a.dim, next);
+    }
+    ptx::cp_async_commit();
+    const bool masked = part.tile >= 0 || part.count < S::KEYS;
+    uint32_t words[S::ATOMS][2][S::WORDS] = {};
+    if (masked) kept<S>(words, a.mask, part, start + warp_row + lane / 4, warp_key, start + rows);
+    float s[S::ATOMS][S::WARP_KEYS / 8][4];
+    scores<S>(s, q_at, k_at + slot);
+    if (masked) mask_scores<S>(s, words, lane);
+    softmax<S>(s, sums, c);
+    ptx::cp_async_wait<1>();
+    __syncthreads();  // values are there, the keys done with
+    if (step < steps) load(slot, v, a.v.token, a.v_dim, next);
+    ptx::cp_async_commit();
+    add_values<S>(sums, s, v_at + values);
+    slot = ahead;
+    part = next;
+  }
+  ptx::cp_async_wait<0>();
+  if constexpr (S::KEY_WARPS > 1) {
+    join<S>(sums, ring, warp, lane, c);
+    if (warp_key) return;
+  }
+  store<S>(sums, a, shared + warp_row * S::Rows::PITCH, batch, head, first + warp_row, rows - warp_row, lane, c);
+}
+
+template <class T, int HEAD, int KEY_WARPS>
+int run(const BlockSparseArgs& a, void* stream) {
+  using S = Shape<T, HEAD, KEY_WARPS>;
+  const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
+  const dim3 grid(a.batch * a.mask.nq * parts, a.heads);
+  return launch("block_sparse_attention", forward<S>, grid, dim3(THREADS), S::SHARED, stream, a);
+}
+
+// Mask blocks are cut into tiles of 128 queries, or of 64 where that leaves less of the last one empty.
+template <class T, int HEAD>
+int by_rows(const BlockSparseArgs& a, void* stream) {
+  if constexpr (HEAD > 128) return run<T, HEAD, 1>(a, stream);
+  else return (a.mask.bq - 1) % 128 < 64 ? run<T, HEAD, 2>(a, stream) : run<T, HEAD, 1>(a, stream);
+}
+
+template <class T>
+int by_head(const BlockSparseArgs& a, void* stream) {
+  const int dim = max(a.dim, a.v_dim);
+  if (dim <= 32) return by_rows<T, 32>(a, stream);
+  if (dim <= 64) return by_rows<T, 64>(a, stream);
+  if (dim <= 112) return by_rows<T, 112>(a, stream);
+  if (dim <= 128) return by_rows<T, 128>(a, stream);
+  return by_rows<T, 256>(a, stream);
+}
+
+}  // namespace
+}  // namespace hh
+
+extern "C" int hh_cuda_block_sparse_attention(const hh::BlockSparseArgs* args, void* stream) {
+  return args->q.in.dtype == hh::DType::f16 ? hh::by_head<hh::f16>(*args, stream) : hh::by_head<hh::bf16>(*args, stream);
+}

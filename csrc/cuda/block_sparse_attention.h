@@ -1,0 +1,29 @@
+// Arguments of the launchers of block_sparse_attention.
+#pragma once
+#include "args.h"
+
+namespace hh {
+
+// A BlockMask's tensors, contiguous, int32 and uint8. Row i of batch entry b and head h is line b · batch + h · head + i of the
+// lists, so what entries or heads share has 0 there.
+struct BlockSparseMask {
+  const int32_t *counts = nullptr, *columns = nullptr, *tiles = nullptr, *full_counts = nullptr, *full_columns = nullptr;
+  const uint8_t* bits = nullptr;  // [tiles, bq, ceil(bk / 8)]
+  int64_t batch = 0, head = 0, width = 0, full_width = 0;
+  int32_t bq = 0, bk = 0, nq = 0;
+};
+
+// out_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the mask's pairs. q, k, v are f16 or bf16, one dtype, their rows on edges of 16
+// bytes; dims are multiples of 8 up to 256, scale is positive. out is contiguous [B, Sq, H, Dv], lse [B, H, Sq] float.
+struct BlockSparseArgs {
+  Heads q, k, v;
+  BlockSparseMask mask;
+  void* out = nullptr;
+  float* lse = nullptr;
+  int32_t batch = 0, q_len = 0, k_len = 0, heads = 0, kv_heads = 0, dim = 0, v_dim = 0;
+  float scale = 0;
+};
+
+}  // namespace hh
+
+extern "C" int hh_cuda_block_sparse_attention(const hh::BlockSparseArgs* args, void* stream);

@@ -1,0 +1,99 @@
+// A mask's lists, as kernels of block_sparse_attention follow them, and the bits of its partial blocks.
+#pragma once
+#include "block_sparse_attention.h"
+#include "ptx.cuh"
+
+namespace hh {
+
+inline constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// Some consecutive tokens of a listed block.
+struct Part {
+  int first;  // the first token in its sequence
+  int start;  // and in its block
+  int count;  // tokens that are real and the block's; none or less beyond the sequence
+  int tile;   // of bits, or -1 in a full block
+};
+
+// Goes along a line of a mask's lists, full blocks and then partial ones, SIZE tokens at a time. Blocks have `block` tokens of a
+// sequence of `length`. What a list names is loaded one block ahead of its use.
+template <int SIZE>
+class Walk {
+ public:
+  // Full blocks are full_columns[full ... full + fulls), partial ones columns and tiles[partial ... partial + partials).
+  HH_DEVICE Walk(const BlockSparseMask& mask, int64_t full, int fulls, int64_t partial, int partials, int block, int length)
+      : mask_(mask), partial_(partial), at_(full), left_(fulls), partials_(partials), block_(block), length_(length) {
+    fetch();
+  }
+  // Keys of query block `row`.
+  static HH_DEVICE Walk keys(const BlockSparseMask& m, int64_t batch, int64_t head, int64_t row, int length) {
+    const int64_t line = batch * m.batch + head * m.head + row;
+    return Walk(m, line * m.full_width, m.full_counts[line], line * m.width, m.counts[line], m.bk, length);
+  }
+  // How often next() may be called; asked before the first time.
+  HH_DEVICE int steps() const { return (max(left_, 0) + partials_) * parts(); }
+  HH_DEVICE Part next() {
+    const Part out{number_ * block_ + start_, start_, min(min(SIZE, block_ - start_), length_ - number_ * block_ - start_), tile_};
+    start_ += SIZE;
+    if (start_ >= block_) {
+      start_ = 0;
+      ++at_;
+      --left_;
+      fetch();
+    }
+    return out;
+  }
+
+ private:
+  HH_DEVICE int parts() const { return (block_ + SIZE - 1) / SIZE; }
+  HH_DEVICE void fetch() {
+    if (left_ == 0) at_ = partial_;
+    if (left_ > 0) {
+      number_ = mask_.full_columns[at_];
+    } else if (left_ > -partials_) {
+      number_ = mask_.columns[at_];
+      tile_ = mask_.tiles[at_];
+    }
+  }
+
+  const BlockSparseMask& mask_;
+  const int64_t partial_;
+  int64_t at_;
+  int left_;  // full blocks, the one at hand included; then less than 1
+  const int partials_, block_, length_;
+  int start_ = 0, number_ = 0, tile_ = -1;
+};
+
+// Bits [start, start + 32 N) of row `row` of a tile of bits; 0 beyond the tile. start is a multiple of 32 N.
+template <int N>
+HH_DEVICE void mask_words(uint32_t (&words)[N], const BlockSparseMask& m, int tile, int row, int start) {
+  static_assert(N == 1 || N == 2);
+  const int width = (m.bk + 7) / 8;
+  const uint8_t* at = m.bits + (static_cast<int64_t>(tile) * m.bq + row) * width + start / 8;
+  if (m.bk % (32 * N) == 0) {
+    if constexpr (N == 2) {
+      const uint2 both = *reinterpret_cast<const uint2*>(at);
+      words[0] = both.x, words[1] = both.y;
+    } else {
+      words[0] = *reinterpret_cast<const uint32_t*>(at);
+    }
+  } else {  // rare: rows of bits aren't aligned
+    uint64_t bits = 0;
+#pragma unroll 1
+    for (int i = min(4 * N, width - start / 8) - 1; i >= 0; --i) bits = bits << 8 | at[i];
+    words[0] = static_cast<uint32_t>(bits);
+    if constexpr (N == 2) words[1] = static_cast<uint32_t>(bits >> 32);
+  }
+}
+
+// Bits [start, start + 32 N) of which those below `count` are set.
+template <int N>
+HH_DEVICE void first_words(uint32_t (&words)[N], int start, int count) {
+#pragma unroll
+  for (int w = 0; w < N; ++w) {
+    const int left = count - start - 32 * w;
+    words[w] = left <= 0 ? 0u : left >= 32 ? ~0u : (1u << left) - 1;
+  }
+}
+
+}  // namespace hh
