@@ -159,7 +159,7 @@ _CONTROL = re.compile(
 )
 
 
-def _bytes(instruction: Instruction) -> int:
+def access_bytes(instruction: Instruction) -> int:
     """Bytes that a lane moves."""
     if instruction.name in ("LDSM", "STSM"):
         return 4 * int((re.search(r"\.(\d)$", instruction.opcode) or [0, 1])[1])
@@ -177,7 +177,7 @@ def cycles(instruction: Instruction, gpu: Gpu) -> dict[str, float]:
         half = 2 if "16dp" in instruction.opcode else 1
         found["tmem"] = int(columns[1] if columns else 1) / 4 / half  # [assumed]: 32 lanes of 4 bytes a clock and part
     elif _MEMORY.fullmatch(instruction.name):
-        size = _bytes(instruction)
+        size = access_bytes(instruction)
         found["shared"] = max(1, size / 4)  # one port of 128 bytes a clock, global accesses included
         if instruction.name in ("LDG", "STG", "LDGSTS", "LDL", "STL", "ATOMG", "RED", "LD", "ST"):
             found["l2"] = size / 2  # 64 bytes a clock between L2 and an SM
