@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -65,17 +65,6 @@ def archs(source: Path) -> tuple[str, ...]:
     return ("90a",) if source.stem.endswith("_sm90") else ARCHS
 
 
-def included(source: Path) -> list[Path]:
-    """The source and all that it includes by a name in quotes."""
-    found = [source.resolve()]
-    for file in found:
-        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.M):
-            other = (file.parent / name).resolve()
-            if other.exists() and other not in found:
-                found.append(other)
-    return found
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel. ``symbol`` is its mangled name, ``name`` the plain one, without parameters; ``threads`` a
@@ -88,7 +77,7 @@ class Kernel:
     stack: int
     static: int
     threads: int
-    text: str
+    text: str = field(repr=False)
 
     @cached_property
     def instructions(self) -> list[sass.Instruction]:
@@ -163,7 +152,7 @@ def compiled(source: Path, arch: str, defines: tuple[str, ...] = ()) -> Code:
     """The source's kernels for sm_<arch>. Kept in the emulator's cache, by all that it is made of. RuntimeError with
     the compiler's words if it doesn't compile."""
     flags = (*FLAGS, f"-arch=sm_{arch}", *(f"-D{define}" for define in defines))
-    made = runtime.cache_dir() / f"nvcc-{runtime.digest(nvcc_version(), flags, *included(source))}"
+    made = runtime.cache_dir() / f"nvcc-{runtime.digest(nvcc_version(), flags, *runtime.included(source))}"
     if not (made / "dump").exists():
         _compile(source, flags, made)
     number = int(re.sub(r"\D", "", arch))

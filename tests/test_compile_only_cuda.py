@@ -18,8 +18,17 @@ import sass
 pytestmark = pytest.mark.skipif(cuda_code.nvcc() is None, reason="no nvcc here")
 
 FAST = ("80", "90a")
+UNFINISHED = {("block_sparse_attention", "90a"): "forward<Shape<..., 128, 1>> spills 7 times"}
+
+
+def _marks(source: Path, arch: str) -> list[pytest.MarkDecorator]:
+    slow = [] if arch in FAST else [pytest.mark.slow]
+    known = UNFINISHED.get((source.stem, arch))
+    return [*slow, pytest.mark.xfail(reason=known)] if known else slow
+
+
 COMPILED = [
-    pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=() if arch in FAST else pytest.mark.slow)
+    pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=_marks(source, arch))
     for source in cuda_code.sources()
     for arch in cuda_code.archs(source)
 ]
@@ -56,8 +65,10 @@ SNAPSHOT = (
 )
 
 
-@pytest.mark.parametrize(("source", "arch"), [one for one in COMPILED if not one.marks])
+@pytest.mark.parametrize(("source", "arch"), [one for one in COMPILED if one.values[1] in FAST])
 def test_nothing_costs_more_than_in_the_snapshot(source: Path, arch: str) -> None:
+    if not SNAPSHOT["sources"]:
+        pytest.skip("no snapshot yet: make cuda-counts")
     if SNAPSHOT["nvcc"] != cuda_counts.compiler():
         pytest.skip(f"the snapshot is {SNAPSHOT['nvcc']}'s, this is {cuda_counts.compiler()}: make cuda-counts")
     before = SNAPSHOT["sources"].get(f"{source.name} sm_{arch}", {})

@@ -15,7 +15,7 @@ namespace hh {
 inline constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 
 // Runs `kernel` and returns 0 or the number of a CUDA error, as launchers do. An empty grid is no launch. `name` is what the emulator's
-// reports and counters call it. Kernels have external linkage (no unnamed namespace), so that a recorded launch finds its compiled code.
+// reports and counters call it.
 template <class... Params, class... Args>
 int launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;

@@ -66,10 +66,9 @@ static py::list launches() {
   Gate gate;
   py::list out;
   for (const Recorded &r : machine.launches) {
-    Dl_info info;
-    const bool known = dladdr(r.kernel, &info) && info.dli_saddr == r.kernel && info.dli_sname;
-    out.append(py::make_tuple(known ? info.dli_sname : "", r.name, py::make_tuple(r.grid.x, r.grid.y, r.grid.z),
-                              py::make_tuple(r.block.x, r.block.y, r.block.z), r.shared_bytes));
+    out.append(py::make_tuple(place(nullptr, reinterpret_cast<uintptr_t>(r.kernel)), r.name,
+                              py::make_tuple(r.grid.x, r.grid.y, r.grid.z), py::make_tuple(r.block.x, r.block.y, r.block.z),
+                              r.shared_bytes));
   }
   return out;
 }
@@ -107,5 +106,5 @@ PYBIND11_MODULE(_simt, m) {
   m.def(
       "record", [](bool on) { simt_record(on); }, py::arg("on"), py::call_guard<py::gil_scoped_release>(),
       "Launches of CUDA sources are recorded from now on, or run again.");
-  m.def("launches", &launches, "Recorded ones: the kernel's symbol, what the source calls it, grid, block, shared bytes.");
+  m.def("launches", &launches, "Recorded ones: where the kernel's code is, what the source calls it, grid, block, shared bytes.");
 }

@@ -156,7 +156,7 @@ def build_cu(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     """Compiles a .cu file for the emulator and loads it: its ``extern "C"`` functions launch its kernels on the CPU."""
     flags = (*FLAGS, *CU_FLAGS, *defines)
     source = source.resolve()
-    made_of = (*included(source), *headers(), str(library()))
+    made_of: tuple[str | Path, ...] = (*included(source), *headers(), str(library()))
     target = cache_dir() / f"cu-{digest(flags, *made_of)}" / f"{source.stem}.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix="hhattn-simt-") as name:
@@ -182,6 +182,16 @@ def _resolve(library: str, offset: int) -> tuple[str, int]:
     return library, 0
 
 
+@functools.cache
+def _function(library: str, offset: int) -> str:
+    """The C++ function at a place in a library; RuntimeError if that isn't known."""
+    command = ["addr2line", "-f", "-C", "-e", library, hex(offset)]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    if name == "??":
+        raise RuntimeError(f"hhattn.simt: no function at {offset:#x} of {library}; it is compiled without -g")
+    return name
+
+
 def _place(place: tuple[str, int, bool]) -> tuple[str, int]:
     file, line, is_counter = place
     return _resolve(file, line) if is_counter else (file, line)
@@ -189,11 +199,10 @@ def _place(place: tuple[str, int, bool]) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A launch of a CUDA kernel that was not run: the kernel's symbol (mangled, as nvcc mangles it too; "" if it has
-    none, as in an unnamed namespace), what the source calls it, blocks, threads of a block, bytes of dynamic shared
-    memory."""
+    """A launch of a CUDA kernel that was not run: the kernel with its template arguments and parameters' types, what
+    the source calls it, blocks, threads of a block, bytes of dynamic shared memory."""
 
-    symbol: str
+    kernel: str
     name: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -252,7 +261,7 @@ class Runtime:
         try:
             yield launches
         finally:
-            launches += [Recorded(*each) for each in self._module.launches()]
+            launches += [Recorded(_function(*where[:2]), *how) for where, *how in self._module.launches()]
             self._module.record(False)
 
     def reports(self) -> list[Report]:
