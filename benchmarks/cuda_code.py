@@ -191,15 +191,15 @@ def describe(kernel: Kernel, threads: int, warps: int, dynamic: int, instruction
     ]
     loops = sass.hot_loops(kernel.instructions) if kernel.arch in GPUS else []
     for n, loop in enumerate(loops):
-        body, always = ([kernel.instructions[i] for i in sorted(part)] for part in (loop.body, loop.always))
+        body, usual = ([kernel.instructions[i] for i in sorted(part)] for part in (loop.body, loop.usual))
         out.append(f"  loop {n} at {kernel.instructions[loop.start].address:#x}, {len(body)} instructions:")
         out.append(f"    {_clocks(body, warps, kernel.arch)}")
-        if len(always) < len(body):
-            out.append(f"    the {len(always)} that no branch leaves out: {_clocks(always, warps, kernel.arch)}")
+        if len(usual) < len(body):
+            out.append(f"    the {len(usual)} that no branch leaves out: {_clocks(usual, warps, kernel.arch)}")
         out.append("    " + ", ".join(f"{n} {name}" for name, n in Counter(i.name for i in body).most_common(16)))
         if instructions:
             for i in sorted(loop.body):
-                one, mark = kernel.instructions[i], " " if i in loop.always else "?"
+                one, mark = kernel.instructions[i], " " if i in loop.usual else "?"
                 out.append(f"    {one.address:05x} {mark}{one.predicate:5} {one.opcode} {one.operands}")
     return "\n".join(out)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
 _ADDRESS = re.compile(r"(?:^|\s)0x([0-9a-f]+)$")
+_COPIES = ("LDGSTS", "UBLKCP", "UTMALDG")  # asynchronous ones
 _ENDS = ("EXIT", "RET", "BRX", "JMX", "BPT")  # nothing after them is reached, unless they are predicated
 
 
@@ -47,10 +48,12 @@ class Instruction:
 @dataclass(frozen=True)
 class Loop:
     """A natural loop: the numbers of its instructions, those of loops within it included; ``always`` are those that
-    every run executes, whichever way its branches go."""
+    every run executes, whichever way its branches go; ``usual`` are these and what an asynchronous copy needs, as
+    copies for the next run are left out by the last one alone."""
 
     body: frozenset[int]
     always: frozenset[int] = frozenset()
+    usual: frozenset[int] = frozenset()
 
     @property
     def start(self) -> int:
@@ -178,10 +181,20 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
             passed.add(end)
         return passed
 
-    found = [
-        Loop(frozenset(body), frozenset.intersection(*(frozenset(on_every_way(head, end)) for end in ends[head])))
-        for head, body in bodies.items()
-    ]
+    def with_copies(head: int, body: set[int], always: frozenset[int]) -> frozenset[int]:
+        usual = set(always)
+        for i in sorted(body - always):
+            if instructions[i].name in _COPIES:
+                usual |= on_every_way(head, i)
+                while edges[i] == [i + 1] and before[i + 1] == [i]:  # to the end of its straight line
+                    i += 1
+                    usual.add(i)
+        return frozenset(usual & body)
+
+    found = []
+    for head, body in bodies.items():
+        always = frozenset.intersection(*(frozenset(on_every_way(head, end)) for end in ends[head]))
+        found.append(Loop(frozenset(body), always, with_copies(head, body, always)))
     return sorted(found, key=lambda loop: (loop.start, -len(loop.body)))
 
 

@@ -86,6 +86,29 @@ def test_a_changed_header_is_a_new_compilation(tmp_path: Path) -> None:
     assert (before.kernels[0].count("LDG"), after.kernels[0].count("LDG")) == (0, 1)
 
 
+# A loop that copies for its next run unless it is the last, and seldom does something else.
+PREFETCHING = """
+        /*0000*/                   MOV R1, RZ ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/               @P0 BRA 0x60 ;
+        /*0030*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*0040*/                   LDGSTS.E.128 [R3], [R2.64] ;
+        /*0050*/                   IADD3 R3, R3, 0x10, RZ ;
+        /*0060*/               @P1 BRA 0x80 ;
+        /*0070*/                   FMUL R4, R4, R5 ;
+        /*0080*/               @P2 BRA 0x10 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_copies_for_the_next_run_are_usual() -> None:
+    code = sass.parse(PREFETCHING)
+    (loop,) = sass.hot_loops(code)
+    assert sorted(code[i].address for i in loop.always) == [0x10, 0x20, 0x60, 0x80]
+    assert sorted(code[i].address for i in loop.usual) == [0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x80]
+    assert sorted(code[i].address for i in loop.body - loop.usual) == [0x70]
+
+
 RECORDED = f"""
 #include "{cuda_code.CUDA}/launch.cuh"
 namespace hh {{ namespace {{
