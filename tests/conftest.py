@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import DEVICE
 from hypothesis import settings
+from rich.console import Console
 
 import hhattn
 from hhattn import _ext, simt
@@ -129,3 +131,17 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Where models were tested, what was proved of which family."""
+    stats = terminalreporter.stats
+    outcomes = {r.nodeid: True for r in stats.get("passed", ()) if "test_models.py" in r.nodeid}
+    outcomes |= {r.nodeid: False for kind in ("failed", "error") for r in stats.get(kind, ())}
+    if not outcomes or importlib.util.find_spec("diffusers") is None:
+        return
+    from family_table import table
+    from model_zoo import FAMILIES
+
+    if made := table(outcomes, [family.name for family in FAMILIES]):
+        Console(width=150).print(made)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 pytest.importorskip("diffusers")
 
@@ -108,6 +112,42 @@ def test_a_pattern_is_made_for_the_models_own_grid(family: Family, order: str) -
     with hhattn.swap(model, attention=near(family.layout())):
         assert relative(family.run(model), sparse) <= 2e-5
     assert torch.equal(family.run(model), before)
+
+
+PATTERNS = {
+    "radial": lambda layout: masks.radial(layout, 0.5) | masks.text(layout),
+    "sliding_tile": lambda layout: (
+        masks.sliding_tile(layout, (1, 1, 3), order="tile") | masks.text(layout, order="tile")
+    ),
+}
+
+
+@torch.no_grad()
+@with_scores
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_is_diffusers_own_attention_under_its_mask(
+    family: Family, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if diffusers had given SDPA the pattern's dense form, beside the padding that it gives it anyway."""
+    model, make = family.model(), PATTERNS[pattern]
+    with hhattn.swap(model, attention=lambda layout: make(replace(layout, tile=(1, 2, 2)))):
+        swapped = family.run(model)
+    dense = make(family.layout()).to_dense(order="raster")[0, 0]
+    assert 0.1 < dense.float().mean() < 0.9
+    sdpa, met = F.scaled_dot_product_attention, []
+
+    def masked(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        tokens = query.shape[-2]
+        if key.shape[-2] == tokens >= TOKENS:  # not across streams; fewer than all where a model leaves padding out
+            met.append(tokens)
+            own = dense[:tokens, :tokens]
+            attn_mask = own if attn_mask is None else own & attn_mask.bool()
+        return sdpa(query, key, value, attn_mask=attn_mask, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+    expected = family.run(model)
+    assert met, "diffusers doesn't attend by SDPA any more"
+    assert relative(swapped, expected) <= 2e-5
 
 
 @torch.no_grad()
