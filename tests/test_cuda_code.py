@@ -126,17 +126,20 @@ extern "C" int fill(void* y, size_t n) {{
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the emulator is built with g++")
 def test_launches_are_recorded_instead_of_run(tmp_path: Path) -> None:
-    from hhattn.simt.runtime import Recorded, build_cu, runtime
+    from hhattn.simt.runtime import READ_ONLY, Recorded, build_cu, runtime
 
     source = tmp_path / "fill.cu"
     source.write_text(RECORDED)
     fill = build_cu(source).fill
     runtime().reset()
     with runtime().recording() as launches:
-        runtime().register_range(0, 1 << 50, "memory that isn't there")
+        runtime().register_range(0, 8, "x", READ_ONLY)
+        runtime().register_range(0, 1 << 50, "y")
         assert fill(None, ctypes.c_size_t(1 << 20)) == 0
         assert fill(None, ctypes.c_size_t(0)) == 0
-    assert launches == [Recorded(launches[0].kernel, "fill", (1 << 20, 2, 1), (96, 1, 1), 1000)]
+    assert launches == [
+        Recorded(launches[0].kernel, "fill", (1 << 20, 2, 1), (96, 1, 1), 1000, [("x", 8), ("y", 1 << 50)])
+    ]
     assert cuda_code.plain_name(launches[0].kernel) == "fill<bf16,128>"
     out = (ctypes.c_uint16 * 4)(1, 1, 1, 1)
     runtime().register_range(ctypes.addressof(out), ctypes.addressof(out) + 8, "out")

@@ -380,12 +380,13 @@ extern "C" void simt_launch(const char *kernel, Body body, const void *params, c
 
 bool simt::recorded(const void *kernel, const char *name, Dim3 grid, Dim3 block, size_t shared_bytes) {
   std::lock_guard lock(one_at_a_time);
-  if (machine.recording) machine.launches.push_back({kernel, name, grid, block, shared_bytes});
+  if (machine.recording) machine.launches.push_back({kernel, name, grid, block, shared_bytes, machine.recorded_tensors});
   return machine.recording;
 }
 
 extern "C" void simt_record(int on) {
   std::lock_guard lock(one_at_a_time);
   machine.recording = on != 0;
+  machine.recorded_tensors.clear();
   if (on) machine.launches.clear();
 }

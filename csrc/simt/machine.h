@@ -195,11 +195,12 @@ struct CounterKey {
   bool operator<(const CounterKey &other) const { return tie() < other.tie(); }
 };
 
-struct Recorded {  // a launch that wasn't run
+struct Recorded {  // a launch that wasn't run, and the memory it was given
   const void *kernel;
   std::string name;
   Dim3 grid, block;
   size_t shared_bytes;
+  std::vector<std::pair<std::string, size_t>> tensors;
 };
 
 struct Options {
@@ -240,6 +241,7 @@ struct Machine {
   std::map<CounterKey, Counter> counters;
   bool recording = false;
   std::vector<Recorded> launches;
+  std::vector<std::pair<std::string, size_t>> recorded_tensors;
   std::vector<std::pair<const char *, const char *>> image;  // the kernel's library: its constants may be read
 };
 extern Machine machine;

@@ -363,7 +363,11 @@ using namespace simt;
 extern "C" {
 void simt_register(const void *p, size_t bytes, const char *name, int kind) {
   std::lock_guard lock(one_at_a_time);
-  if (!bytes || machine.recording) return;
+  if (!bytes) return;
+  if (machine.recording) {
+    machine.recorded_tensors.emplace_back(name, bytes);
+    return;
+  }
   auto *begin = static_cast<char *>(const_cast<void *>(p));
   for (Tensor &t : machine.tensors) {  // the same memory twice is one tensor
     if (t.begin != begin || t.end != begin + bytes) continue;
@@ -382,6 +386,7 @@ void simt_unregister_all() {
   std::lock_guard lock(one_at_a_time);
   for (Tensor &t : machine.tensors) free(t.cells);
   machine.tensors.clear();
+  machine.recorded_tensors.clear();
   machine.last_tensor = nullptr;
 }
 }

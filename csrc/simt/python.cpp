@@ -68,7 +68,7 @@ static py::list launches() {
   for (const Recorded &r : machine.launches) {
     out.append(py::make_tuple(place(nullptr, reinterpret_cast<uintptr_t>(r.kernel)), r.name,
                               py::make_tuple(r.grid.x, r.grid.y, r.grid.z), py::make_tuple(r.block.x, r.block.y, r.block.z),
-                              r.shared_bytes));
+                              r.shared_bytes, r.tensors));
   }
   return out;
 }
@@ -106,5 +106,5 @@ PYBIND11_MODULE(_simt, m) {
   m.def(
       "record", [](bool on) { simt_record(on); }, py::arg("on"), py::call_guard<py::gil_scoped_release>(),
       "Launches of CUDA sources are recorded from now on, or run again.");
-  m.def("launches", &launches, "Recorded ones: where the kernel's code is, what the source calls it, grid, block, shared bytes.");
+  m.def("launches", &launches, "Recorded ones: where the kernel's code is, what the source calls it, grid, block, shared bytes, tensors.");
 }

@@ -200,13 +200,15 @@ def _place(place: tuple[str, int, bool]) -> tuple[str, int]:
 @dataclass(frozen=True)
 class Recorded:
     """A launch of a CUDA kernel that was not run: the kernel with its template arguments and parameters' types, what
-    the source calls it, blocks, threads of a block, bytes of dynamic shared memory."""
+    the source calls it, blocks, threads of a block, bytes of dynamic shared memory, and the name and bytes of each
+    tensor that was registered for it."""
 
     kernel: str
     name: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared: int
+    tensors: list[tuple[str, int]]
 
 
 class Runtime:
