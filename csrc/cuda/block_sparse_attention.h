@@ -4,13 +4,13 @@
 
 namespace hh {
 
-// A BlockMask's tensors, contiguous, int32 and uint8. Row i of batch entry b and head h is line b · batch + h · head + i of the
-// lists, so what entries or heads share has 0 there.
+// A BlockMask's tensors, contiguous, int32 and uint8. Lists have one line for each block of queries, and `lines` lines for each of the
+// mask's entries, which is b · batch + h · head for batch entry b and head h: what batch entries or heads share has 0 there.
 struct BlockSparseMask {
   const int32_t *counts = nullptr, *columns = nullptr, *tiles = nullptr, *full_counts = nullptr, *full_columns = nullptr;
   const uint8_t* bits = nullptr;  // [tiles, bq, ceil(bk / 8)]
-  int64_t batch = 0, head = 0, width = 0, full_width = 0;
-  int32_t bq = 0, bk = 0, nq = 0;
+  int64_t batch = 0, head = 0, width = 0, full_width = 0;  // widths are entries of a line
+  int32_t bq = 0, bk = 0, lines = 0;
 };
 
 // out_i = Σ_j softmax_j(scale · q_i·k_j) v_j over the mask's pairs. q, k, v are f16 or bf16, one dtype, their rows on edges of 16

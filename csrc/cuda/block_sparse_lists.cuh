@@ -27,7 +27,7 @@ class Walk {
   }
   // Keys of query block `row`.
   static HH_DEVICE Walk keys(const BlockSparseMask& m, int64_t batch, int64_t head, int64_t row, int length) {
-    const int64_t line = batch * m.batch + head * m.head + row;
+    const int64_t line = (batch * m.batch + head * m.head) * m.lines + row;
     return Walk(m, line * m.full_width, m.full_counts[line], line * m.width, m.counts[line], m.bk, length);
   }
   // How often next() may be called; asked before the first time.
