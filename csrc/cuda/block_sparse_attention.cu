@@ -23,7 +23,7 @@ struct Shape {
   static constexpr int HEAD = HEAD_, KEY_WARPS = KEY_WARPS_;
   static constexpr int ATOMS = HEAD > 128 ? 1 : 2;  // 16 rows each, of a warp; beyond 128 dims the sums of two don't fit registers
   static constexpr int WARP_ROWS = 16 * ATOMS, ROWS = WARP_ROWS * WARPS / KEY_WARPS;
-  static constexpr int KEYS = HEAD > 128 ? 32 : 64, WARP_KEYS = KEYS / KEY_WARPS, WORDS = WARP_KEYS / 32;
+  static constexpr int KEYS = HEAD > 128 ? 32 : 64, WARP_KEYS = KEYS / KEY_WARPS;
   using Rows = Tile<HEAD>;
   static constexpr uint32_t SLOT = KEYS * Rows::PITCH, RING = 3 * SLOT;
   static constexpr uint32_t SHARED = ROWS * Rows::PITCH + RING;
@@ -38,42 +38,6 @@ struct Sums {
   float out[S::ATOMS][S::HEAD / 8][4] = {};
   float top[S::ATOMS][2], total[S::ATOMS][2] = {};
 };
-
-// Raw scores of the warp's rows with a tile's keys.
-template <class S>
-HH_DEVICE void scores(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], uint32_t q, uint32_t k) {
-#pragma unroll
-  for (int a = 0; a < S::ATOMS; ++a)
-#pragma unroll
-    for (int j = 0; j < S::WARP_KEYS / 8; ++j) s[a][j][0] = s[a][j][1] = s[a][j][2] = s[a][j][3] = 0;
-#pragma unroll
-  for (int d = 0; d < S::HEAD / 16; ++d) {
-    uint32_t rows[S::ATOMS][4];
-#pragma unroll
-    for (int a = 0; a < S::ATOMS; ++a) ptx::ldmatrix_x4(rows[a], (q ^ (d * 32)) + a * 16 * S::Rows::PITCH);
-#pragma unroll
-    for (int j = 0; j < S::WARP_KEYS / 16; ++j) {
-      uint32_t keys[4];
-      ptx::ldmatrix_x4(keys, (k ^ (d * 32)) + j * 16 * S::Rows::PITCH);
-#pragma unroll
-      for (int a = 0; a < S::ATOMS; ++a) multiply<typename S::T>(s[a][2 * j], s[a][2 * j + 1], rows[a], keys);
-    }
-  }
-}
-
-// Scores of pairs that aren't kept become -inf. `words` are bits of the lane's rows.
-template <class S>
-HH_DEVICE void mask_scores(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], const uint32_t (&words)[S::ATOMS][2][S::WORDS], int lane) {
-#pragma unroll
-  for (int a = 0; a < S::ATOMS; ++a)
-#pragma unroll
-    for (int j = 0; j < S::WARP_KEYS / 8; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t word = words[a][e / 2][j / 4] >> (lane % 4 * 2);
-        if (!(word & (1u << (j % 4 * 8 + e % 2)))) s[a][j][e] = -INFINITY;
-      }
-}
 
 // Scores become weights; top, total and out follow.
 template <class S>
@@ -117,45 +81,6 @@ HH_DEVICE void softmax(float (&s)[S::ATOMS][S::WARP_KEYS / 8][4], Sums<S>& sums,
     }
 }
 
-// out += weights · the tile's values.
-template <class S>
-HH_DEVICE void add_values(Sums<S>& sums, const float (&p)[S::ATOMS][S::WARP_KEYS / 8][4], uint32_t v) {
-#pragma unroll
-  for (int j = 0; j < S::WARP_KEYS / 16; ++j) {
-    uint32_t weights[S::ATOMS][4];
-#pragma unroll
-    for (int a = 0; a < S::ATOMS; ++a)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        weights[a][i] = ptx::pack<typename S::T>(p[a][2 * j + i / 2][i % 2 * 2], p[a][2 * j + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-    for (int d = 0; d < S::HEAD / 16; ++d) {
-      uint32_t values[4];
-      ptx::ldmatrix_x4_trans(values, (v ^ (d * 32)) + j * 16 * S::Rows::PITCH);
-#pragma unroll
-      for (int a = 0; a < S::ATOMS; ++a)
-        multiply<typename S::T>(sums.out[a][2 * d], sums.out[a][2 * d + 1], weights[a], values);
-    }
-  }
-}
-
-// The bits of a tile of keys for the lane's rows, those of the block at or beyond `limit` left out.
-template <class S>
-HH_DEVICE void kept(uint32_t (&words)[S::ATOMS][2][S::WORDS], const BlockSparseMask& m, const Part& part, int row, int key, int limit) {
-#pragma unroll
-  for (int a = 0; a < S::ATOMS; ++a)
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int at = row + a * 16 + r * 8;
-      if (part.tile < 0)
-        first_words(words[a][r], key, part.count);
-      else if (at < limit)
-        mask_words(words[a][r], m, part.tile, at, part.start + key);
-      else
-        first_words(words[a][r], 0, 0);
-    }
-}
-
 // The sums of the warps that took the second half of the keys, added to those of the first.
 template <class S>
 HH_DEVICE void join(Sums<S>& sums, uint32_t shared, int warp, int lane, float c) {
@@ -194,32 +119,24 @@ HH_DEVICE void join(Sums<S>& sums, uint32_t shared, int warp, int lane, float c)
   }
 }
 
-// out and lse of the warp's rows, `rows` of which are real; through the warp's own rows of shared memory, so that stores are wide.
-// `query` is the first row's number among all of the batch entry's and head's rows of lse.
+// out and lse of the warp's rows, `rows` of which are real, the first being query `first`.
 template <class S>
 HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t shared, int64_t batch, int head, int first, int rows,
                      int lane, float c) {
+  float factor[S::ATOMS][2];
 #pragma unroll
-  for (int atom = 0; atom < S::ATOMS; ++atom)
+  for (int i = 0; i < S::ATOMS; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = atom * 16 + r * 8 + lane / 4;
-      const float total = ptx::quad_sum(sums.total[atom][r]), inverse = total == 0 ? 0.0f : 1 / total;
-#pragma unroll
-      for (int d = 0; d < S::HEAD / 8; ++d)
-        ptx::store_shared(shared + S::Rows::place(row, d) + lane % 4 * 4,
-                          ptx::pack<typename S::T>(sums.out[atom][d][2 * r] * inverse, sums.out[atom][d][2 * r + 1] * inverse));
+      const int row = i * 16 + r * 8 + lane / 4;
+      const float total = ptx::quad_sum(sums.total[i][r]);
+      factor[i][r] = total == 0 ? 0.0f : 1 / total;
       if (lane % 4 == 0 && row < rows)
         a.lse[(batch * a.heads + head) * a.q_len + first + row] =
-            total == 0 ? -INFINITY : (sums.top[atom][r] * c + ptx::log2(total)) * LN_2;
+            total == 0 ? -INFINITY : (sums.top[i][r] * c + ptx::log2(total)) * LN_2;
     }
-  __syncwarp();
-  constexpr int COLUMNS = S::Rows::COLUMNS, STEP = 32 / COLUMNS;
-  const int column = lane % COLUMNS;
-  if (column >= S::Rows::CHUNKS || column * 8 >= a.v_dim) return;
-  uint16_t* out = static_cast<uint16_t*>(a.out) + ((batch * a.q_len + first) * a.heads + head) * a.v_dim + column * 8;
-  for (int row = lane / COLUMNS; row < rows && row < S::WARP_ROWS; row += STEP)
-    *reinterpret_cast<uint4*>(out + int64_t(row) * a.heads * a.v_dim) = ptx::load_shared4(shared + S::Rows::place(row, column));
+  uint16_t* out = static_cast<uint16_t*>(a.out) + ((batch * a.q_len + first) * a.heads + head) * a.v_dim;
+  store_rows<typename S::T>(sums.out, factor, shared, out, int64_t(a.heads) * a.v_dim, rows, a.v_dim, lane);
 }
 
 template <class S>
@@ -272,17 +189,23 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
     }
     ptx::cp_async_commit();
     const bool masked = part.tile >= 0 || part.count < S::KEYS;
-    uint32_t words[S::ATOMS][2][S::WORDS] = {};
-    if (masked) kept<S>(words, a.mask, part, start + warp_row + lane / 4, warp_key, start + rows);
+    Kept<S::ATOMS, S::WARP_KEYS> kept;
+    if (masked) kept.load(a.mask, part, start + warp_row + lane / 4, start + rows, warp_key);
     float s[S::ATOMS][S::WARP_KEYS / 8][4];
-    scores<S>(s, q_at, k_at + slot);
-    if (masked) mask_scores<S>(s, words, lane);
+    times_rows<typename S::T, S::HEAD>(s, q_at, k_at + slot);
+    if (masked) {
+#pragma unroll
+      for (int i = 0; i < S::ATOMS * S::WARP_KEYS / 2; ++i) {
+        const int atom = i / (S::WARP_KEYS / 2), j = i / 4 % (S::WARP_KEYS / 8);
+        if (!kept(atom, j, i % 4, lane)) s[atom][j][i % 4] = -INFINITY;
+      }
+    }
     softmax<S>(s, sums, c);
     ptx::cp_async_wait<1>();
     __syncthreads();  // values are there, the keys done with
     if (step < steps) load(slot, v, a.v.token, a.v_dim, next);
     ptx::cp_async_commit();
-    add_values<S>(sums, s, v_at + values);
+    add_times<typename S::T, S::HEAD>(sums.out, s, v_at + values);
     slot = ahead;
     part = next;
   }

@@ -24,6 +24,19 @@ struct BlockSparseArgs {
   float scale = 0;
 };
 
+// The gradients in q, k and v, contiguous; none for those that are null. out and lse are the forward's, dlse is float. `by_key` has the
+// lists by key block: counts and full_counts are offsets [lines + 1] of an entry, columns and full_columns query blocks, widths of an
+// entry. delta and log2 are scratch like lse.
+struct BlockSparseBackwardArgs : BlockSparseArgs {
+  Heads dout;
+  const float* dlse = nullptr;
+  int64_t dlse_batch = 0, dlse_head = 0, dlse_token = 0;
+  BlockSparseMask by_key;
+  float *delta = nullptr, *log2 = nullptr;
+  void *dq = nullptr, *dk = nullptr, *dv = nullptr;
+};
+
 }  // namespace hh
 
 extern "C" int hh_cuda_block_sparse_attention(const hh::BlockSparseArgs* args, void* stream);
+extern "C" int hh_cuda_block_sparse_attention_backward(const hh::BlockSparseBackwardArgs* args, void* stream);

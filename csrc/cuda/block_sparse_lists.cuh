@@ -30,6 +30,13 @@ class Walk {
     const int64_t line = (batch * m.batch + head * m.head) * m.lines + row;
     return Walk(m, line * m.full_width, m.full_counts[line], line * m.width, m.counts[line], m.bk, length);
   }
+  // Queries of key block `column`: a mask's lists by key block, of which counts and full_counts are offsets [lines + 1] of an entry.
+  static HH_DEVICE Walk queries(const BlockSparseMask& m, int64_t batch, int64_t head, int64_t column, int length) {
+    const int64_t entry = batch * m.batch + head * m.head, line = entry * (m.lines + 1) + column;
+    const int full = m.full_counts[line], partial = m.counts[line];
+    return Walk(m, entry * m.full_width + full, m.full_counts[line + 1] - full, entry * m.width + partial,
+                m.counts[line + 1] - partial, m.bq, length);
+  }
   // How often next() may be called; asked before the first time.
   HH_DEVICE int steps() const { return (max(left_, 0) + partials_) * parts(); }
   HH_DEVICE Part next() {
@@ -70,7 +77,9 @@ HH_DEVICE void mask_words(uint32_t (&words)[N], const BlockSparseMask& m, int ti
   static_assert(N == 1 || N == 2);
   const int width = (m.bk + 7) / 8;
   const uint8_t* at = m.bits + (static_cast<int64_t>(tile) * m.bq + row) * width + start / 8;
-  if (m.bk % (32 * N) == 0) {
+  if (start >= m.bk) {
+    for (uint32_t& word : words) word = 0;
+  } else if (m.bk % (32 * N) == 0) {
     if constexpr (N == 2) {
       const uint2 both = *reinterpret_cast<const uint2*>(at);
       words[0] = both.x, words[1] = both.y;
@@ -95,5 +104,35 @@ HH_DEVICE void first_words(uint32_t (&words)[N], int start, int count) {
     words[w] = left <= 0 ? 0u : left >= 32 ? ~0u : (1u << left) - 1;
   }
 }
+
+// Which pairs of a product's fragments are kept: of a warp's 16 · ATOMS rows of queries, KEYS keys. A lane holds rows lane / 4 and
+// + 8 of every 16, and columns lane % 4 · 2 and + 1 of every 8.
+template <int ATOMS, int KEYS>
+struct Kept {
+  static constexpr int WORDS = (KEYS + 31) / 32;
+  uint32_t words[ATOMS][2][WORDS] = {};
+
+  // `row` is the lane's first in the mask's block, of whose rows those from `rows` on are not computed; `key` the warp's first of `part`.
+  HH_DEVICE void load(const BlockSparseMask& m, const Part& part, int row, int rows, int key) {
+#pragma unroll
+    for (int a = 0; a < ATOMS; ++a)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = row + a * 16 + r * 8;
+        if (part.tile < 0)
+          first_words(words[a][r], key / 32 * 32, part.count);
+        else if (at < rows)
+          mask_words(words[a][r], m, part.tile, at, part.start + key / 32 * 32);
+        else
+          first_words(words[a][r], 0, 0);
+        if constexpr (KEYS < 32) words[a][r][0] >>= key % 32;
+      }
+  }
+  // Element e of fragment j of 16 rows.
+  HH_DEVICE bool operator()(int a, int j, int e, int lane) const {
+    const uint32_t word = words[a][e / 2][j / 4] >> (lane % 4 * 2);
+    return word & (1u << (j % 4 * 8 + e % 2));
+  }
+};
 
 }  // namespace hh

@@ -41,12 +41,82 @@ struct Tile {
   static HH_DEVICE uint32_t b_columns(int lane) { return place(lane % 16, lane / 16); }
 };
 
-// d[0], d[1] += a · the left and the right half of b, 16 columns in four registers.
+// left and right += a · the two halves of b, 16 columns in four registers.
 template <class T>
 HH_DEVICE void multiply(float (&left)[4], float (&right)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
   ptx::mma_16816<T>(left, a, first);
   ptx::mma_16816<T>(right, a, second);
+}
+
+// s = x · yᵀ: 16 · ATOMS rows at x (a_rows), 8 · N rows at y (b_rows), of HEAD elements.
+template <class T, int HEAD, int ATOMS, int N>
+HH_DEVICE void times_rows(float (&s)[ATOMS][N][4], uint32_t x, uint32_t y) {
+#pragma unroll
+  for (int a = 0; a < ATOMS; ++a)
+#pragma unroll
+    for (int j = 0; j < N; ++j) s[a][j][0] = s[a][j][1] = s[a][j][2] = s[a][j][3] = 0;
+#pragma unroll
+  for (int d = 0; d < HEAD / 16; ++d) {
+    uint32_t rows[ATOMS][4];
+#pragma unroll
+    for (int a = 0; a < ATOMS; ++a) ptx::ldmatrix_x4(rows[a], (x ^ (d * 32)) + a * 16 * Tile<HEAD>::PITCH);
+#pragma unroll
+    for (int j = 0; j < N / 2; ++j) {
+      uint32_t other[4];
+      ptx::ldmatrix_x4(other, (y ^ (d * 32)) + j * 16 * Tile<HEAD>::PITCH);
+#pragma unroll
+      for (int a = 0; a < ATOMS; ++a) multiply<T>(s[a][2 * j], s[a][2 * j + 1], rows[a], other);
+    }
+  }
+}
+
+// Two neighbouring fragments of a product's result as one of A, 16 columns.
+template <class T>
+HH_DEVICE void as_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = ptx::pack<T>(left[0], left[1]), a[1] = ptx::pack<T>(left[2], left[3]);
+  a[2] = ptx::pack<T>(right[0], right[1]), a[3] = ptx::pack<T>(right[2], right[3]);
+}
+
+// sum += w · y: weights of 8 · K rows at y (b_columns), whose first 8 · N elements are taken.
+template <class T, int HEAD, int ATOMS, int N, int K>
+HH_DEVICE void add_times(float (&sum)[ATOMS][N][4], const float (&w)[ATOMS][K][4], uint32_t y) {
+#pragma unroll
+  for (int k = 0; k < K / 2; ++k) {
+    uint32_t weights[ATOMS][4];
+#pragma unroll
+    for (int a = 0; a < ATOMS; ++a) as_a<T>(weights[a], w[a][2 * k], w[a][2 * k + 1]);
+#pragma unroll
+    for (int d = 0; d < N / 2; ++d) {
+      uint32_t rows[4];
+      ptx::ldmatrix_x4_trans(rows, (y ^ (d * 32)) + k * 16 * Tile<HEAD>::PITCH);
+#pragma unroll
+      for (int a = 0; a < ATOMS; ++a) multiply<T>(sum[a][2 * d], sum[a][2 * d + 1], weights[a], rows);
+    }
+  }
+}
+
+// The first `rows` of a warp's rows of sums, each times its factor, to rows at `to`, `stride` elements apart, `dim` elements of each;
+// through shared memory of the warp alone, so that stores are wide.
+template <class T, int ATOMS, int N>
+HH_DEVICE void store_rows(const float (&x)[ATOMS][N][4], const float (&factor)[ATOMS][2], uint32_t shared, uint16_t* to, int64_t stride,
+                          int rows, int dim, int lane) {
+  using Rows = Tile<8 * N>;
+#pragma unroll
+  for (int a = 0; a < ATOMS; ++a)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int d = 0; d < N; ++d)
+        ptx::store_shared(shared + Rows::place(a * 16 + r * 8 + lane / 4, d) + lane % 4 * 4,
+                          ptx::pack<T>(x[a][d][2 * r] * factor[a][r], x[a][d][2 * r + 1] * factor[a][r]));
+  __syncwarp();
+  const int column = lane % Rows::COLUMNS;
+  if (column < N && column * 8 < dim) {
+    for (int row = lane / Rows::COLUMNS; row < rows && row < 16 * ATOMS; row += 32 / Rows::COLUMNS)
+      *reinterpret_cast<uint4*>(to + row * stride + column * 8) = ptx::load_shared4(shared + Rows::place(row, column));
+  }
+  __syncwarp();
 }
 
 }  // namespace hh
