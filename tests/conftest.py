@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
+import pkgutil
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,8 +19,9 @@ from hypothesis import settings
 from rich.console import Console
 
 import hhattn
-from hhattn import _ext, simt
-from hhattn.ops import _triton
+from hhattn import _dispatch, _ext, simt
+from hhattn import ops as hhattn_ops
+from hhattn.ops import _cuda, _triton
 
 SIMT = int(os.environ.get("HHATTN_SIMT", "0"))  # 80 or 90: Triton kernels compiled for it run on the emulator
 # on the emulator an example may have to be compiled
@@ -27,7 +32,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE_ISAS = (
     [] if DEVICE != "cpu" or _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
 )
-IMPLS = ["reference", "cpp", "triton"]
+IMPLS = ["reference", "cpp", "triton", "cuda"]
+OP_OF = {"test_select": "block_sparse_attention", "test_masks_attention": "block_sparse_attention"}  # others by name
+
+
+@functools.cache
+def _cuda_runs(module: str) -> bool:
+    """Whether CUDA kernels of the op that the module tests are there: on a GPU, or on the emulator."""
+    for stem in pkgutil.iter_modules(hhattn_ops.__path__):
+        importlib.import_module(f"hhattn.ops.{stem.name}")  # registers its implementations
+    ops = {impl.op for impl in _dispatch.implementations() if impl.name == "cuda"}
+    op = OP_OF.get(module) or next((op for op in sorted(ops, key=len, reverse=True) if op in module), None)
+    if DEVICE == "cuda":
+        return op in ops and _cuda.why_not(None) is None
+    return op in ops and not _triton.interpreted() and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _runs_here(item: pytest.Item) -> bool:
@@ -42,6 +60,8 @@ def _runs_here(item: pytest.Item) -> bool:
         if SIMT:
             return True
         return _triton.interpreted() and _triton.why_not(torch.empty(0, dtype=params.get("dtype"))) is None
+    if params.get("impl") == "cuda":
+        return _cuda_runs(item.module.__name__.rpartition(".")[2])
     return True
 
 
@@ -62,13 +82,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With HHATTN_SIMT, tests of Triton kernels run them on the emulator, in the order that HHATTN_SIMT_SEED shuffles,
-    and fail on whatever it reports."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if not SIMT or params.get("impl") != "triton":
+    """On a CPU, tests of CUDA kernels run them on the emulator, and so do tests of Triton kernels with HHATTN_SIMT, in
+    the order that HHATTN_SIMT_SEED shuffles; they fail on whatever it reports."""
+    impl = request.node.callspec.params.get("impl") if hasattr(request.node, "callspec") else None
+    if DEVICE != "cpu" or not (impl == "cuda" or (impl == "triton" and SIMT)):
         yield
         return
-    with simt.emulate(SIMT, int(os.environ.get("HHATTN_SIMT_SEED", "0"))) as session:
+    with simt.emulate(SIMT or 80, int(os.environ.get("HHATTN_SIMT_SEED", "0"))) as session:
         yield
         assert not session.reports, "\n".join(map(str, session.reports))
 

@@ -121,13 +121,23 @@ HH_DEVICE void store_shared4(uint32_t address, uint4 v HH_SITE) {
 }
 
 // ---- global memory
-// 16 bytes that are read once, and by nobody written meanwhile: past the first cache.
+// 16 or 8 bytes that are read once, and by nobody written meanwhile: past the first cache.
 HH_DEVICE uint4 load_once(const uint4* p HH_SITE) {
 #ifdef __CUDACC__
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(__cvta_generic_to_global(p)));
+  return v;
+#else
+  return *p;
+#endif
+}
+
+HH_DEVICE uint2 load_once(const uint2* p HH_SITE) {
+#ifdef __CUDACC__
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(__cvta_generic_to_global(p)));
   return v;
 #else
   return *p;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hhattn import _dispatch, _ext
-from hhattn.ops import _check, _triton
+from hhattn.ops import _check, _cuda, _triton
 from hhattn.ops._second import differentiable_gradient
 from hhattn.reference.norm_modulate import norm_modulate as _reference
 
@@ -108,7 +108,8 @@ _dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
 TENSORS = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
-MAX_CHANNELS = 16384  # of the Triton kernels, which hold a row in registers
+MAX_CHANNELS = 16384  # of the GPU kernels, which hold a row in registers
+MAX_ROWS = 2**31 - 1  # of the CUDA kernels, a row of which is an int32
 
 
 def _not_contiguous(*args: Tensor | str | float | None) -> str | None:
@@ -131,6 +132,16 @@ def _triton_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None)
         return reason
     if x.shape[-1] > MAX_CHANNELS:
         return f"x has {x.shape[-1]} channels; triton holds a row in registers, up to {MAX_CHANNELS}"
+    return _not_contiguous(x, *rest)
+
+
+def _cuda_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -> str | None:
+    if (reason := _cuda.why_not(x)) or x is None:
+        return reason
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"x has {x.shape[-1]} channels; cuda holds a row in registers, up to {MAX_CHANNELS}"
+    if x.shape[0] * x.shape[1] > MAX_ROWS:
+        return f"x has {x.shape[0] * x.shape[1]} rows; cuda counts up to {MAX_ROWS}"
     return _not_contiguous(x, *rest)
 
 
@@ -198,16 +209,15 @@ def _backward(namespace: str, ctx: Any, dy: Tensor | None, dr: Tensor | None) ->
 
 
 _ARGS = "Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? gate"
-_triton.define(OP, OP, f"({_ARGS}, bool layer, float eps) -> (Tensor, Tensor)", _fake)
-_triton.define(
-    OP,
-    f"{OP}_backward",
-    f"(Tensor dy, Tensor? dr, {_ARGS}, bool layer, float eps) -> ({', '.join(['Tensor'] * 7)})",
-    _fake_backward,
-)
+_SCHEMA = f"({_ARGS}, bool layer, float eps) -> (Tensor, Tensor)"
+_SCHEMA_BACKWARD = f"(Tensor dy, Tensor? dr, {_ARGS}, bool layer, float eps) -> ({', '.join(['Tensor'] * 7)})"
+_triton.define(OP, OP, _SCHEMA, _fake)
+_triton.define(OP, f"{OP}_backward", _SCHEMA_BACKWARD, _fake_backward)
+_cuda.define(OP, _SCHEMA, _fake)
+_cuda.define(f"{OP}_backward", _SCHEMA_BACKWARD, _fake_backward)
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::norm_modulate", _fake)
     torch.library.register_fake("hhattn::norm_modulate_backward", _fake_backward)
-for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :]:
+for _namespace in ("hhattn", _triton.NAMESPACE, _cuda.NAMESPACE)[_ext.why_missing() is not None :]:
     _rule = partial(_backward, _namespace)
     torch.library.register_autograd(f"{_namespace}::norm_modulate", _rule, setup_context=_setup)

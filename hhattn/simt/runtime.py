@@ -60,7 +60,7 @@ def compiler() -> str:
     return path
 
 
-def _run(command: Sequence[str | Path]) -> None:
+def run_compiler(command: Sequence[str | Path]) -> None:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         shown = " ".join(str(c) for c in command)
@@ -137,11 +137,11 @@ def _build_library(files: list[Path], flags: Sequence[str], folder: Path) -> Non
     with tempfile.TemporaryDirectory(prefix="hhattn-simt-") as name, ThreadPoolExecutor() as pool:
         made = Path(name)
         objects = [made / f"{f.stem}.o" for f in files]
-        list(pool.map(lambda f, o: _run([compiler(), *flags, *python, "-c", f, "-o", o]), files, objects))
+        list(pool.map(lambda f, o: run_compiler([compiler(), *flags, *python, "-c", f, "-o", o]), files, objects))
         *core, module = objects
         link = [compiler(), "-shared", "-ldl"]
-        _run([*link, "-Wl,-soname,libsimt.so", "-o", made / "libsimt.so", *core])
-        _run([*link, "-Wl,-rpath,$ORIGIN", "-o", made / "_simt.so", module, f"-L{made}", "-lsimt"])
+        run_compiler([*link, "-Wl,-soname,libsimt.so", "-o", made / "libsimt.so", *core])
+        run_compiler([*link, "-Wl,-rpath,$ORIGIN", "-o", made / "_simt.so", module, f"-L{made}", "-lsimt"])
         for file in ("libsimt.so", "_simt.so"):
             install(made / file, folder / file)
 
@@ -161,8 +161,8 @@ def build_cu(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
     if not target.exists():
         with tempfile.TemporaryDirectory(prefix="hhattn-simt-") as name:
             made = Path(name)
-            _run([compiler(), *flags, "-c", source, "-o", made / "kernel.o"])
-            _run([compiler(), made / "kernel.o", *link_flags(), "-o", made / "kernel.so"])
+            run_compiler([compiler(), *flags, "-c", source, "-o", made / "kernel.o"])
+            run_compiler([compiler(), made / "kernel.o", *link_flags(), "-o", made / "kernel.so"])
             install(made / "kernel.so", target)
     return ctypes.CDLL(str(target), mode=ctypes.RTLD_LOCAL)
 

@@ -1,20 +1,23 @@
-"""Ops on CPU tensors, their Triton kernels compiled for a GPU and executed by the emulator."""
+"""Ops on CPU tensors, their Triton kernels compiled for a GPU, or their CUDA kernels, executed by the emulator."""
 
 from __future__ import annotations
 
 import collections
 import ctypes
+import importlib.util
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hhattn.ops import _triton
+from hhattn.ops import _cuda, _triton
 from hhattn.simt import Counter, Report
+from hhattn.simt import cuda as _cuda_kernels
 from hhattn.simt.runtime import READ_ONLY, READ_WRITE, runtime
 
 if TYPE_CHECKING:
@@ -50,11 +53,12 @@ _KERNELS: dict[str, _Kernel] = {}  # of this process, whatever the session
 @dataclass
 class Session:
     """What ran while :func:`emulate` was active: ``reports`` of what a GPU would do wrong in silence, ``launches`` by
-    kernel name, and ``counters`` of requests to memory if they were asked for."""
+    name of the Triton kernel or the CUDA launcher, and ``counters`` of requests to memory if they were asked for."""
 
     arch: int
     seed: int
     rewrite: Callable[[str, str], str] | None = None
+    kernels: _cuda_kernels.Kernels = field(default_factory=_cuda_kernels.Kernels)
     launches: collections.Counter[str] = field(default_factory=collections.Counter)
     _rewritten: dict[str, _Kernel] = field(default_factory=dict)
 
@@ -92,8 +96,12 @@ class Session:
             stored(kernel),
         )
 
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Run the operator ``hhattn_cuda::NAME``."""
+        return _cuda_kernels.call(self.kernels, self.arch, name, args, self.launches)
+
     def run(self, launch: Launch) -> None:
-        """Run one launch to its end."""
+        """Run one launch of a Triton kernel to its end."""
         kernel = self._compiled(launch)
         parameters = launch.parameters(self.arch)
         _check_signature(launch.name, parameters, kernel.params)
@@ -167,29 +175,42 @@ def _spans(parameters: list[tuple[str, str, Any]], stored: set[int]) -> list[tup
 
 @contextmanager
 def emulate(
-    arch: int = 80, seed: int = 0, *, counters: bool = False, rewrite: Callable[[str, str], str] | None = None
+    arch: int = 80,
+    seed: int = 0,
+    *,
+    counters: bool = False,
+    rewrite: Callable[[str, str], str] | None = None,
+    cuda: Path | None = None,
 ) -> Iterator[Session]:
-    """While it is active, ops called with ``impl="triton"`` on CPU tensors run their kernels' PTX, compiled for
-    ``sm_<arch>`` (80, or 90 as sm_90a), on the emulator. Needs triton, pybind11 and g++.
+    """While it is active, ops called on CPU tensors with ``impl="triton"`` run their kernels' PTX, compiled for
+    ``sm_<arch>`` (80, or 90 as sm_90a), on the emulator, and with ``impl="cuda"`` their CUDA kernels. Needs pybind11
+    and g++, and triton for Triton's.
 
     seed: another order of warps and blocks for each. counters: count bank conflicts and sectors too, which is slower.
-    rewrite: called with a kernel's name and PTX, returns the PTX to run instead; to seed faults.
+    rewrite: called with a Triton kernel's name and PTX, returns the PTX to run instead; to seed faults.
+    cuda: the folder of the CUDA kernels instead of csrc/cuda, for the same purpose.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {ARCHS}, got {arch}")
     if _triton.interpreted():
         raise RuntimeError("emulate runs compiled kernels; TRITON_INTERPRET=1 compiles none: unset it")
-    from hhattn.simt.launch import caught
-
-    if _triton.emulated:
+    if _cuda.emulated is not None:
         raise RuntimeError("emulate is active already; it doesn't nest")
     runtime().reset()
     runtime().options(seed=seed, counters=counters)
-    session = Session(arch, seed, rewrite)
-    _triton.emulated = True
+    kernels = _cuda_kernels.Kernels() if cuda is None else _cuda_kernels.Kernels(cuda)
+    session = Session(arch, seed, rewrite, kernels)
+    _triton.emulated = importlib.util.find_spec("triton") is not None
+    _cuda.emulated = session
     try:
-        with caught(session.run):
+        with _caught(session.run) if _triton.emulated else nullcontext():
             yield session
     finally:
-        _triton.emulated = False
+        _triton.emulated, _cuda.emulated = False, None
         runtime().unregister_all()
+
+
+def _caught(handle: Callable[[Launch], None]) -> AbstractContextManager[None]:
+    from hhattn.simt.launch import caught
+
+    return caught(handle)

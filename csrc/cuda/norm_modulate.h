@@ -1,0 +1,26 @@
+// Arguments of norm_modulate's launchers; see hhattn/ops/norm_modulate.py for the formula.
+#pragma once
+#include "args.h"
+
+namespace hh {
+
+// Rows of [1 or B, F, C], each of which serves `each` tokens in turn; batch is 0 where they are shared.
+struct Modulation {
+  In in;
+  int64_t batch = 0, row = 0, each = 1;
+};
+
+// y = (norm(r) * weight + bias) * (1 + scale) + shift, r = residual + gate * x. y and r are contiguous [B, S, C].
+struct NormModulateArgs {
+  Rows x, residual;
+  Modulation scale, shift, gate;
+  In weight, bias;
+  Out y, r;
+  int64_t batch = 0, tokens = 0, channels = 0;  // batch * tokens < 2^31, channels up to 16384
+  bool layer = false;
+  float eps = 0;
+};
+
+}  // namespace hh
+
+extern "C" int hh_cuda_norm_modulate(const hh::NormModulateArgs* args, void* stream);

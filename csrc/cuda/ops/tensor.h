@@ -1,0 +1,168 @@
+// What every binding of CUDA kernels needs: tensors turned into pointers and strides, and launchers called. Written against torch's
+// stable ABI. A binding is one file, csrc/cuda/ops/<op>.cpp, compiled twice: with HH_EMULATED for CPU tensors, whose kernels the
+// emulator runs (hhattn/simt/cuda.py), and without for a GPU's. It registers its operators once:
+//   STABLE_TORCH_LIBRARY_IMPL(HH_LIBRARY, HH_DEVICE_KEY, m) { m.impl("norm_modulate", TORCH_BOX(&hh::norm_modulate)); }
+// Schemas are defined in Python (hhattn/ops/_cuda.py), the same for every implementation.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "../args.h"
+
+#ifdef HH_EMULATED
+#include "simt.h"
+#define HH_LIBRARY hhattn_cuda_emulated
+#define HH_DEVICE_KEY CPU
+extern "C" {
+// Set by hhattn/simt/cuda.py: where a launcher is (null: nowhere, and Python knows why), and the architecture that is played.
+[[gnu::used]] inline void* (*hh_find_launcher)(const char* name) = nullptr;
+[[gnu::used]] inline int hh_arch = 80;
+}
+#else
+#include <cuda_runtime_api.h>
+#define HH_LIBRARY hhattn_cuda
+#define HH_DEVICE_KEY CUDA
+#endif
+
+namespace hh {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}
+
+inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
+  STD_TORCH_CHECK(same, name, " has the wrong shape");
+}
+
+// A stride that does not move where the size is 1, so that a broadcast dim needs no copy.
+inline int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
+
+// A tensor that may be missing, as outputs of an operator can't: it is empty then.
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// One operator call: what its kernels may touch, on which stream, on the device of `x`.
+class Call {
+ public:
+#ifdef HH_EMULATED
+  explicit Call(const Tensor&) { simt_unregister_all(); }
+  ~Call() { simt_unregister_all(); }
+#else
+  explicit Call(const Tensor& x) : guard_(x.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  }
+#endif
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  // Memory that kernels only read. Any dtype; strides may be any.
+  const void* read(const Tensor& t, [[maybe_unused]] const char* name) {
+#ifdef HH_EMULATED
+    int64_t extent = t.numel() ? 1 : 0;
+    for (int64_t d = 0; extent && d < t.dim(); ++d) extent += (t.size(d) - 1) * t.stride(d);
+    simt_register(t.const_data_ptr(), extent * t.element_size(), name, SIMT_READ_ONLY);
+#endif
+    return t.const_data_ptr();
+  }
+
+  // Contiguous memory that kernels write before they read it.
+  void* write(Tensor& t, [[maybe_unused]] const char* name) {
+#ifdef HH_EMULATED
+    simt_register(t.mutable_data_ptr(), t.numel() * t.element_size(), name, SIMT_WRITE_FIRST);
+#endif
+    return t.mutable_data_ptr();
+  }
+
+  // A floating-point argument whose last dim is contiguous; none if there is none.
+  In input(const Tensor& t, const char* name) {
+    const int64_t last = t.dim() - 1;
+    STD_TORCH_CHECK(t.size(last) <= 1 || t.stride(last) == 1 || t.numel() == 0, name, ": the last dim must be contiguous");
+    return {read(t, name), dtype_of(t, name)};
+  }
+  In input(const OptTensor& t, const char* name) { return t ? input(*t, name) : In{}; }
+  Out output(Tensor& t, const char* name) { return {write(t, name), dtype_of(t, name)}; }
+
+  // [B, S, C] and [B, S, H, D].
+  Rows rows(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 3, name, " must have 3 dims");
+    return {input(t, name), t.stride(0), t.stride(1)};
+  }
+  Heads heads(const Tensor& t, const char* name) {
+    STD_TORCH_CHECK(t.dim() == 4, name, " must be [B, S, H, D]");
+    return {input(t, name), t.stride(0), t.stride(1), t.stride(2)};
+  }
+
+  // A contiguous tensor of the same device for an output or scratch; hand it to write() or output().
+  Tensor empty(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+  Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  }
+
+  // The architecture, 80 for sm_80, and its multiprocessors.
+  int arch() const {
+#ifdef HH_EMULATED
+    return hh_arch;
+#else
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+#endif
+  }
+  int multiprocessors() const {
+#ifdef HH_EMULATED
+    return 4;
+#else
+    return attribute(cudaDevAttrMultiProcessorCount);
+#endif
+  }
+
+  // HH_CALL's.
+  template <class Args>
+  void run(int (*launcher)(const Args*, void*), const Args& args, const char* name) {
+    STD_TORCH_CHECK(launcher, name, ": the emulator has no such launcher, or could not build it");
+    const int error = launcher(&args, stream);
+#ifdef HH_EMULATED
+    STD_TORCH_CHECK(error == 0, name, " failed with ", error);
+#else
+    STD_TORCH_CHECK(error == 0, name, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+#endif
+  }
+
+ private:
+  void* stream = nullptr;
+#ifndef HH_EMULATED
+  int attribute(cudaDeviceAttr what) const {
+    int device = 0, value = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&value, what, device);
+    return value;
+  }
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// HH_CALL(call, hh_cuda_norm_modulate, args): calls the launcher, and throws what went wrong.
+#ifdef HH_EMULATED
+#define HH_CALL(call, launcher, args) \
+  (call).run(reinterpret_cast<decltype(&launcher)>(hh_find_launcher ? hh_find_launcher(#launcher) : nullptr), args, #launcher)
+#else
+#define HH_CALL(call, launcher, args) (call).run(&launcher, args, #launcher)
+#endif
+
+}  // namespace hh
