@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -74,7 +75,8 @@ class Case:
 
     ``times``: how often a program runs each of the kernel's hot loops (see ``sass.hot_loops``), on average, in the
     order in which they stand. ``flops``: the operations on matrices that the op needs; 0 where there are none.
-    ``leave_out``: launches of rare cases, which the report doesn't show.
+    ``leave_out``: launches of rare cases, which the report doesn't show. ``rare``: the share of a loop's runs that take
+    what a branch usually leaves out.
     """
 
     op: str
@@ -84,43 +86,63 @@ class Case:
     times: Callable[[Launch], Sequence[float]] = _nothing
     flops: Callable[[Launch], float] = _no_products
     leave_out: Callable[[Launch], bool] = lambda launch: False
+    rare: float = 1.0
 
-    def launches(self, arch: int) -> list[Launch]:
-        """What the call launches on a GPU of that architecture; of launches that share a compilation, the first."""
+    #: In what the kernels are written.
+    by = "Triton"
+
+    def counted(self, arch: int) -> list[tuple[Any, int]]:
+        """What the call launches on a GPU of that architecture; of launches that share a compilation the first, and how
+        many they are."""
         with mock.patch.object(block_sparse_attention_tiles, "architecture", return_value=arch):
             made = launches(self.call)
-        kept: dict[str, Launch] = {}
-        for launch in made:
-            if not self.leave_out(launch):
-                kept.setdefault(launch.key(arch), launch)
-        return list(kept.values())
+        return counted((launch for launch in made if not self.leave_out(launch)), lambda launch: launch.key(arch))
+
+    def launches(self, arch: int) -> list[Any]:
+        return [launch for launch, _ in self.counted(arch)]
+
+    def moved_bytes(self, launch: Any) -> int:
+        """Bytes of all tensors of a launch, each read or written once; what is shared by stride 0 counts once."""
+        total = 0
+        for tensor in {id(t): t for t in launch.args if isinstance(t, torch.Tensor)}.values():
+            sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or n == 0)
+            total += math.prod(sizes) * tensor.element_size()
+        return total
+
+
+def counted(made: Iterable[Any], key: Callable[[Any], object]) -> list[tuple[Any, int]]:
+    """Of those with one key the first, and how many there are."""
+    kept: dict[object, list[Any]] = {}
+    for each in made:
+        kept.setdefault(key(each), []).append(each)
+    return [(each[0], len(each)) for each in kept.values()]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _norm_arguments(model: Model) -> tuple[Tensor, ...]:
+def norm_arguments(model: Model) -> tuple[Tensor, ...]:
     """x, modulation and gated residual, as a block of a transformer has them."""
     x, row = meta(1, model.seq, model.channels), meta(1, model.rows, model.channels)
     return x, row, row.clone(), x.clone(), row.clone()
 
 
 def norm_forward(model: Model) -> Case:
-    x, scale, shift, residual, gate = _norm_arguments(model)
+    x, scale, shift, residual, gate = norm_arguments(model)
     args = (x, scale, shift, None, None, residual, gate, True, 1e-6)
     return Case("norm_modulate", "forward", model, lambda: norm_modulate.norm_modulate(*args))
 
 
 def norm_backward(model: Model) -> Case:
-    x, scale, shift, residual, gate = _norm_arguments(model)
+    x, scale, shift, residual, gate = norm_arguments(model)
     args = (x.clone(), x.clone(), x, scale, shift, None, None, residual, gate, True, 1e-6)
     run = model.seq // model.rows / math.ceil(model.seq // model.rows / norm_modulate.RUN)
     call = lambda: norm_modulate.norm_modulate_backward(*args)  # noqa: E731
     return Case("norm_modulate", "backward", model, call, lambda launch: [run])
 
 
-def _rope_arguments(model: Model) -> tuple[object, ...]:
+def rope_arguments(model: Model) -> tuple[object, ...]:
     q = meta(1, model.seq, model.heads, model.dim)
     angles = meta(1, model.seq, 1, model.dim, dtype=torch.float32)
     weight = meta(model.channels if model.across else model.dim)
@@ -128,13 +150,13 @@ def _rope_arguments(model: Model) -> tuple[object, ...]:
 
 
 def rope_forward(model: Model) -> Case:
-    args = _rope_arguments(model)
+    args = rope_arguments(model)
     return Case("qk_norm_rope", "forward", model, lambda: qk_norm_rope.qk_norm_rope(*args))
 
 
 def rope_backward(model: Model) -> Case:
     dq, dk = (meta(1, model.seq, model.heads, model.dim) for _ in range(2))
-    args = (dq, dk, *_rope_arguments(model), False)
+    args = (dq, dk, *rope_arguments(model), False)
     run = model.seq / math.ceil(model.seq / qk_norm_rope.RUN)
     call = lambda: qk_norm_rope.qk_norm_rope_backward(*args)  # noqa: E731
     return Case("qk_norm_rope", "backward", model, call, lambda launch: [run])
@@ -145,18 +167,27 @@ DENSITY = 0.1  # of the blocks; each is full
 PARTIAL = 8  # blocks more in each row, of which bits say what is attended
 
 
-def _mask(model: Model) -> tuple[Tensor, ...]:
+def mask_blocks(model: Model) -> tuple[int, int]:
+    """How many blocks of keys a block of queries attends: full ones, and partial ones."""
+    return round(DENSITY * math.ceil(model.seq / BLOCK)), PARTIAL
+
+
+def mask_flops(model: Model) -> float:
+    """Operations of one product of all pairs of these blocks, over all heads."""
+    return 2.0 * model.channels * math.ceil(model.seq / BLOCK) * sum(mask_blocks(model)) * BLOCK * BLOCK
+
+
+def mask(model: Model) -> tuple[Tensor, ...]:
     """Lists of partial and of full blocks, shared by all heads, and tiles of bits."""
     n = math.ceil(model.seq / BLOCK)
-    full = round(DENSITY * n)
+    full, _ = mask_blocks(model)
     counts = [meta(1, 1, n, dtype=torch.int32) for _ in range(2)]
     lists = [meta(1, 1, n, width, dtype=torch.int32) for width in (PARTIAL, PARTIAL, full)]
     return counts[0], lists[0], lists[1], counts[1], lists[2], meta(64, BLOCK, BLOCK // 8, dtype=torch.uint8)
 
 
 def _sparse(model: Model, phase: str, call: Callable[[], object]) -> Case:
-    n = math.ceil(model.seq / BLOCK)
-    blocks = round(DENSITY * n), PARTIAL
+    blocks = mask_blocks(model)
     products = {"_forward": 2, "_dq": 3, "_dkv": 4}
 
     def times(launch: Launch) -> Sequence[float]:
@@ -168,8 +199,7 @@ def _sparse(model: Model, phase: str, call: Callable[[], object]) -> Case:
         return [count * parts for count in blocks]
 
     def flops(launch: Launch) -> float:
-        pairs = n * sum(blocks) * BLOCK * BLOCK
-        return products.get(launch.name, 0) * 2.0 * model.channels * pairs
+        return products.get(launch.name, 0) * mask_flops(model)
 
     # a launch for tiles with values that aren't finite: its programs end at once
     return Case(
@@ -177,16 +207,24 @@ def _sparse(model: Model, phase: str, call: Callable[[], object]) -> Case:
     )
 
 
-def sparse_forward(model: Model) -> Case:
+def sparse_arguments(model: Model) -> tuple[object, ...]:
     qkv = [meta(1, model.seq, model.heads, model.dim) for _ in range(3)]
-    args = (*qkv, *_mask(model), BLOCK, model.dim**-0.5)
+    return (*qkv, *mask(model), BLOCK, model.dim**-0.5)
+
+
+def sparse_forward(model: Model) -> Case:
+    args = sparse_arguments(model)
     return _sparse(model, "forward", lambda: block_sparse_attention.block_sparse_attention(*args))
 
 
-def sparse_backward(model: Model) -> Case:
+def sparse_backward_arguments(model: Model) -> tuple[object, ...]:
     dout, q, k, v, out = (meta(1, model.seq, model.heads, model.dim) for _ in range(5))
     dlse, lse = (meta(1, model.heads, model.seq, dtype=torch.float32) for _ in range(2))
-    args = (dout, dlse, q, k, v, out, lse, *_mask(model), BLOCK, model.dim**-0.5)
+    return (dout, dlse, q, k, v, out, lse, *mask(model), BLOCK, model.dim**-0.5)
+
+
+def sparse_backward(model: Model) -> Case:
+    args = sparse_backward_arguments(model)
     return _sparse(model, "backward", lambda: block_sparse_attention.block_sparse_attention_backward(*args))
 
 
@@ -208,7 +246,7 @@ def _linear(model: Model, phase: str, call: Callable[[], object]) -> Case:
     return Case("block_linear_attention", phase, model, call, times, flops)
 
 
-def _linear_arguments(model: Model) -> tuple[list[Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def linear_arguments(model: Model) -> tuple[list[Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Rows like q, tables of cosines and sines, and the state of every chunk."""
     chunks = math.ceil(model.frames / model.chunk)
     rows = [meta(1, model.seq, model.heads, model.dim) for _ in range(4)]
@@ -223,7 +261,7 @@ RELU = 0
 
 
 def linear_forward(model: Model) -> Case:
-    (q, k, v, _), tables, state = _linear_arguments(model)
+    (q, k, v, _), tables, state = linear_arguments(model)
     how = (*tables, model.chunk * model.tokens, [], RELU, RELU)
 
     def call() -> None:
@@ -234,7 +272,7 @@ def linear_forward(model: Model) -> Case:
 
 
 def linear_backward(model: Model) -> Case:
-    (q, k, v, dout), tables, state = _linear_arguments(model)
+    (q, k, v, dout), tables, state = linear_arguments(model)
     how = (*tables, model.chunk * model.tokens, [], RELU, RELU)
 
     def call() -> None:

@@ -1,9 +1,10 @@
-"""Compile every Triton kernel as real models launch it, for A100, H100 and B200, and say what the compiled code is like
-and what a model of these GPUs predicts for it. Needs no GPU; measures nothing.
+"""Compile every Triton and CUDA kernel as real models launch it, for A100, H100 and B200, and say what the compiled
+code is like and what a model of these GPUs predicts for it. Needs no GPU; measures nothing. CUDA's need nvcc.
 
     python benchmarks/kernel_report.py                  write docs/kernels.md
     python benchmarks/kernel_report.py --json FILE      and the figures as JSON
     python benchmarks/kernel_report.py --op OP          print one op's tables, write nothing
+    python benchmarks/kernel_report.py --cuda OP        of its CUDA kernels only, which is quicker
 """
 
 from __future__ import annotations
@@ -12,19 +13,18 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cuda_cases
+import cuda_code
+import kernel_cases
 import sass
-import torch
 from gpu_model import GPUS, PIPES, Gpu, Occupancy, Prediction, Work
-from kernel_cases import Case, cases
+from kernel_cases import Case
 from rich.progress import track
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from compile_only import Compiled, Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
@@ -32,13 +32,16 @@ PAGE = ROOT / "docs" / "kernels.md"
 
 @dataclass
 class Row:
-    """One kernel of one call on one GPU. ``loop`` is one run of the hot loop that takes the most time, by a block: its
-    instructions, and the clocks of each pipe; the whole program where there is no loop."""
+    """One kernel of one call on one GPU, launched ``launches`` times. ``loop`` is one run of the hot loop that takes
+    the most time, by a block: its instructions, and the clocks of each pipe; the whole program where there is none."""
 
     op: str
+    phase: str
     kernel: str
+    by: str
     model: str
     gpu: str
+    launches: int
     warps: int
     programs: int
     registers: int
@@ -59,27 +62,18 @@ class Row:
         return max(self.loop, key=lambda pipe: self.loop[pipe])
 
 
-def moved_bytes(launch: Launch) -> int:
-    """Bytes of all tensors of a launch, each read or written once; what is shared by stride 0 counts once."""
-    total = 0
-    for tensor in {id(t): t for t in launch.args if isinstance(t, torch.Tensor)}.values():
-        sizes = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or n == 0)
-        total += math.prod(sizes) * tensor.element_size()
-    return total
-
-
-def execution(instructions: list[sass.Instruction], times: list[float]) -> list[float]:
-    """How often a program executes each instruction: those of the i-th hot loop ``times[i]`` times, subroutines of rare
-    cases never, all the rest once."""
+def execution(instructions: list[sass.Instruction], times: list[float], rare: float = 1.0) -> list[float]:
+    """How often a program executes each instruction: those of the i-th hot loop ``times[i]`` times, what branches
+    usually leave out of it ``rare`` times as often, subroutines of rare cases never, all the rest once."""
     counts = [float(reached) for reached in sass.reached(instructions)]
     for loop, count in zip(sass.hot_loops(instructions), times, strict=True):
         for i in loop.body:
-            counts[i] = count
+            counts[i] = count * (1.0 if i in loop.usual else rare)
     return counts
 
 
-def examine(case: Case, launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
-    """Everything about one launch."""
+def examine(case: Case, launch: Any, compiled: Any, gpu: Gpu, launches: int = 1) -> Row:
+    """Everything about one launch: its programs, its code, and how long that holds each pipe."""
     code, hot, problem = compiled.instructions, sass.hot_loops(compiled.instructions), ""
     name = launch.name.strip("_")
     times = list(case.times(launch))
@@ -87,19 +81,24 @@ def examine(case: Case, launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
         problem = f"{len(hot)} hot loops in the code, times of {len(times)} are given"
         times = (times + [times[-1] if times else 1.0] * len(hot))[: len(hot)]
     warps, programs = compiled.threads // 32, math.prod(launch.grid)
-    work = Work(code, execution(code, times), warps, programs, moved_bytes(launch))
-    everything = [instruction for instruction, there in zip(code, sass.reached(code), strict=True) if there]
-    bodies = [[code[i] for i in sorted(loop.body)] for loop in hot] or [everything]
-    once = [Work(body, [1.0] * len(body), warps, 1, 0).cycles(gpu) for body in bodies]
+    work = Work(code, execution(code, times, case.rare), warps, programs, case.moved_bytes(launch))
+    everything = [i for i, there in enumerate(sass.reached(code)) if there]
+    runs = [[(i, 1.0 if i in loop.usual else case.rare) for i in sorted(loop.body)] for loop in hot]
+    runs = runs or [[(i, 1.0) for i in everything]]
+    bodies = [[code[i] for i, _ in run] for run in runs]
+    once = [Work(b, [n for _, n in run], warps, 1, 0).cycles(gpu) for b, run in zip(bodies, runs, strict=True)]
     longest = max(range(len(bodies)), key=lambda i: (times or [1.0])[i] * max(once[i].values()))
     return Row(
         op=case.op,
+        phase=case.phase,
+        by=case.by,
+        launches=launches,
         kernel=case.phase if name == case.phase else f"{case.phase}: {name}",
         model=case.model.name,
         gpu=gpu.name,
         warps=warps,
         programs=programs,
-        registers=compiled.usage["REG"],
+        registers=compiled.registers,
         shared=compiled.shared,
         spills=compiled.spills,
         occupancy=compiled.occupancy(),
@@ -115,10 +114,15 @@ def examine(case: Case, launch: Launch, compiled: Compiled, gpu: Gpu) -> Row:
 
 def rows(chosen: list[Case]) -> list[Row]:
     """All figures."""
-    made = [(case, launch, gpu) for case in chosen for gpu in GPUS.values() for launch in case.launches(gpu.arch)]
+    made = [(case, *one, gpu) for case in chosen for gpu in GPUS.values() for one in case.counted(gpu.arch)]
     made.sort(key=lambda each: (chosen.index(each[0]), each[1].name))  # a kernel's GPUs together
     progress = track(made, description="compiling", transient=True)
-    return [examine(case, launch, launch.compile(gpu.arch), gpu) for case, launch, gpu in progress]
+    return [examine(case, launch, launch.compile(gpu.arch), gpu, n) for case, launch, n, gpu in progress]
+
+
+def cases() -> list[Case]:
+    """Every call; those of CUDA kernels where nvcc is."""
+    return [*kernel_cases.cases(), *(cuda_cases.cases() if cuda_code.nvcc() else [])]
 
 
 def table(header: str, lines: list[list[str]]) -> list[str]:
@@ -137,26 +141,38 @@ def number(x: float) -> str:
 
 
 def resources(found: list[Row]) -> list[str]:
-    header = "kernel | model | GPU | warps: | registers: | shared KiB: | spills: | blocks an SM: | occupancy: | limit"
+    header = (
+        "kernel | by | model | GPU | warps: | registers: | shared KiB: | spills: | blocks an SM: | occupancy: | limit"
+    )
     lines = []
     for row in found:
         held = row.occupancy
-        first = [row.kernel, row.model, row.gpu, str(row.warps), str(row.registers), number(row.shared / 1024)]
-        lines.append([*first, str(row.spills or "–"), str(held.blocks), f"{held.share:.0%}", held.limit])
+        first = [row.kernel, row.by, row.model, row.gpu, str(row.warps), str(row.registers)]
+        lines.append(
+            [
+                *first,
+                number(row.shared / 1024),
+                str(row.spills or "–"),
+                str(held.blocks),
+                f"{held.share:.0%}",
+                held.limit,
+            ]
+        )
     return table(header, lines)
 
 
 def predictions(found: list[Row]) -> list[str]:
     pipes = " | ".join(f"{pipe}:" for pipe in PIPES)
     times = "memory ms: | best ms: | serial ms: | bound by"
-    header = f"kernel | model | GPU | instructions: | {pipes} | loop bound by | {times}"
+    header = f"kernel | by | model | GPU | instructions: | {pipes} | loop bound by | {times}"
     lines = []
     for row in found:
         p = row.prediction
         loop = [number(row.loop[pipe]) for pipe in PIPES]
         took = [number(seconds * 1e3) for seconds in (p.memory, p.overlapped, p.serial)]
         mark = "*" if row.problem else ""
-        lines.append([row.kernel + mark, row.model, row.gpu, str(row.instructions), *loop, row.limit, *took, p.limit])
+        first = [row.kernel + mark, row.by, row.model, row.gpu, str(row.instructions)]
+        lines.append([*first, *loop, row.limit, *took, p.limit])
     return table(header, lines)
 
 
@@ -165,23 +181,46 @@ def mixes(found: list[Row]) -> list[str]:
     lines = []
     for row in found:
         common = ", ".join(f"{count} {name}" for name, count in list(row.mix.items())[:10])
-        lines.append([row.kernel, row.model, row.gpu, common])
-    return table("kernel | model | GPU | most frequent instructions of the loop", lines)
+        lines.append([row.kernel, row.by, row.model, row.gpu, common])
+    return table("kernel | by | model | GPU | most frequent instructions of the loop", lines)
 
 
 def tensor_table(found: list[Row]) -> list[str]:
-    header = (
-        "kernel | model | GPU | needed TFLOP: | executed / needed: | best TFLOP/s: | serial TFLOP/s: | of the peak:"
-    )
+    speeds = "best TFLOP/s: | serial TFLOP/s: | of the peak:"
+    header = f"kernel | by | model | GPU | needed TFLOP: | executed / needed: | {speeds}"
     lines = []
     for row in found:
         if row.needed_flops:
             best, serial = (row.needed_flops / t / 1e12 for t in (row.prediction.overlapped, row.prediction.serial))
             peak = next(gpu.tflops for gpu in GPUS.values() if gpu.name == row.gpu)
             share = f"{serial / peak:.0%} to {best / peak:.0%}"
-            first = [row.kernel, row.model, row.gpu, number(row.needed_flops / 1e12)]
+            first = [row.kernel, row.by, row.model, row.gpu, number(row.needed_flops / 1e12)]
             lines.append([*first, f"{row.executed_flops / row.needed_flops:.2f}", number(best), number(serial), share])
     return table(header, lines) if lines else []
+
+
+def beside(found: list[Row]) -> list[str]:
+    """CUDA beside Triton: of each call the times of all its launches; nothing where only one of them has kernels."""
+    calls: dict[tuple[str, str, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in found:
+        calls[row.phase, row.model, row.gpu][row.by].append(row)
+    lines = []
+    for call, rows in calls.items():
+        if len(rows) < 2:
+            continue
+        best, serial = (
+            {
+                by: sum(row.launches * getattr(row.prediction, how) for row in each) * 1e3
+                for by, each in sorted(rows.items())
+            }
+            for how in ("overlapped", "serial")
+        )
+        ratios = [times["CUDA"] / times["Triton"] for times in (best, serial)]
+        lines.append([*call, *(number(t) for times in (best, serial) for t in times.values()), *map(number, ratios)])
+    header = (
+        "call | model | GPU | CUDA best ms: | Triton best ms: | CUDA serial ms: | Triton serial ms: | best: | serial:"
+    )
+    return ["CUDA beside Triton, all launches of a call:", "", *table(header, lines)] if lines else []
 
 
 def sections(found: list[Row]) -> list[str]:
@@ -189,7 +228,7 @@ def sections(found: list[Row]) -> list[str]:
     out = []
     for op in dict.fromkeys(row.op for row in found):
         mine = [row for row in found if row.op == op]
-        out += [f"## {op}", "", "What the compiler made:", "", *resources(mine)]
+        out += [f"## {op}", "", *beside(mine), "What the compilers made:", "", *resources(mine)]
         out += [
             "Clocks of one run of the loop, and times of the launch, **predicted, uncalibrated, never measured**:",
             "",
@@ -222,8 +261,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--op", help="print this op's tables and write no page")
+    parser.add_argument("--cuda", metavar="OP", help="print the tables of this op's CUDA kernels and write no page")
     args = parser.parse_args()
     every = cases()
+    if args.cuda:
+        args.op = args.cuda
+        every = [case for case in every if case.by == "CUDA"]
     if args.op and args.op not in {case.op for case in every}:
         parser.error(f"--op {args.op}: accepted: {', '.join(sorted({case.op for case in every}))}")
     found = rows([case for case in every if args.op in (None, case.op)])

@@ -43,6 +43,11 @@ class Compiled:
         return self.kernel.metadata.num_warps * self.kernel.metadata.warp_size
 
     @property
+    def registers(self) -> int:
+        """Of a thread."""
+        return self.usage["REG"]
+
+    @property
     def ptx(self) -> str:
         return self.kernel.asm["ptx"]
 

@@ -233,8 +233,8 @@ def _copy(x, y, BLOCK: tl.constexpr):
 def test_a_copy_is_bound_by_memory(arch: int) -> None:
     x, y = (torch.empty(1 << 30, dtype=torch.float32, device="meta") for _ in range(2))
     (launch,) = launches(lambda: _copy[((1 << 30) // 4096,)](x, y, BLOCK=4096))
-    assert kernel_report.moved_bytes(launch) == 8 << 30
     case = kernel_cases.Case("copy", "forward", kernel_cases.MODELS[0], lambda: None)
+    assert case.moved_bytes(launch) == 8 << 30
     row = kernel_report.examine(case, launch, launch.compile(arch), GPUS[arch])
     assert not row.problem
     assert row.mix["LDG"] == row.mix["STG"] == 4096 // 128 // 4, "16 bytes at once"
@@ -246,7 +246,8 @@ def test_a_copy_is_bound_by_memory(arch: int) -> None:
 def test_bytes_shared_by_stride_count_once() -> None:
     x = torch.empty(8, 100, dtype=torch.bfloat16, device="meta")
     launch = Launch(_copy, (1,), (x, x, x[:1].expand(50, 100), 3), {})
-    assert kernel_report.moved_bytes(launch) == 2 * (8 * 100 + 100)
+    case = kernel_cases.Case("copy", "forward", kernel_cases.MODELS[0], lambda: None)
+    assert case.moved_bytes(launch) == 2 * (8 * 100 + 100)
 
 
 @compiles
@@ -286,4 +287,4 @@ def test_every_case_launches_for_its_architecture() -> None:
 @compiles
 @pytest.mark.slow
 def test_the_page_is_what_the_command_writes() -> None:
-    assert kernel_report.PAGE.read_text() == kernel_report.page(kernel_report.rows(kernel_cases.cases()))
+    assert kernel_report.PAGE.read_text() == kernel_report.page(kernel_report.rows(kernel_report.cases()))

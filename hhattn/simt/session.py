@@ -9,7 +9,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,7 +179,7 @@ def emulate(
     *,
     counters: bool = False,
     rewrite: Callable[[str, str], str] | None = None,
-    cuda: Path | None = None,
+    cuda: _cuda_kernels.Kernels | None = None,
 ) -> Iterator[Session]:
     """While it is active, ops called on CPU tensors with ``impl="triton"`` run their kernels' PTX, compiled for
     ``sm_<arch>`` (80, or 90 as sm_90a), on the emulator, and with ``impl="cuda"`` their CUDA kernels. Needs pybind11
@@ -188,7 +187,7 @@ def emulate(
 
     seed: another order of warps and blocks for each. counters: count bank conflicts and sectors too, which is slower.
     rewrite: called with a Triton kernel's name and PTX, returns the PTX to run instead; to seed faults.
-    cuda: the folder of the CUDA kernels instead of csrc/cuda, for the same purpose.
+    cuda: another folder's CUDA kernels instead of csrc/cuda's, for the same purpose.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {ARCHS}, got {arch}")
@@ -198,8 +197,7 @@ def emulate(
         raise RuntimeError("emulate is active already; it doesn't nest")
     runtime().reset()
     runtime().options(seed=seed, counters=counters)
-    kernels = _cuda_kernels.Kernels() if cuda is None else _cuda_kernels.Kernels(cuda)
-    session = Session(arch, seed, rewrite, kernels)
+    session = Session(arch, seed, rewrite, cuda or _cuda_kernels.Kernels())
     _triton.emulated = importlib.util.find_spec("triton") is not None
     _cuda.emulated = session
     try:

@@ -28,6 +28,10 @@ class Run:
     arch: int = 80
     seed: int = 1
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return tuple(f"-D{define}" for define in self.defines)
+
 
 @dataclass(frozen=True)
 class Fault:

@@ -1,0 +1,194 @@
+"""The CUDA kernels of the report, as real models launch them. Each op's host code is called through its binding with
+meta tensors; the emulator records the launches, and nvcc's code for the very instantiations is looked up.
+
+To add a kernel, add a function that returns a :class:`CudaCase` and name it in :data:`CASES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import cuda_code
+import torch
+from gpu_model import Occupancy
+from kernel_cases import (
+    BLOCK,
+    MODELS,
+    Case,
+    Model,
+    counted,
+    mask_blocks,
+    mask_flops,
+    norm_arguments,
+    sparse_arguments,
+    sparse_backward_arguments,
+)
+
+from hhattn.simt import cuda
+from hhattn.simt.runtime import Recorded, runtime
+
+ARCHS = {80: "80", 90: "90a", 100: "100a"}
+
+
+@dataclass(frozen=True)
+class CudaCompiled:
+    """A launch's compiled kernel: what the report asks of it."""
+
+    kernel: cuda_code.Kernel
+    threads: int
+    dynamic: int
+
+    @property
+    def instructions(self) -> Any:
+        return self.kernel.instructions
+
+    @property
+    def registers(self) -> int:
+        return self.kernel.registers
+
+    @property
+    def shared(self) -> int:
+        return self.kernel.static + self.dynamic
+
+    @property
+    def spills(self) -> int:
+        return self.kernel.spills
+
+    def occupancy(self) -> Occupancy:
+        return self.kernel.occupancy(self.threads, self.dynamic)
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """A launch as the host code makes it. ``name`` is the kernel's, ``parameters`` its template's arguments."""
+
+    op: str
+    recorded: Recorded
+    defines: tuple[str, ...] = ()
+
+    @cached_property
+    def plain(self) -> str:
+        return cuda_code.plain_name(self.recorded.kernel)
+
+    @property
+    def name(self) -> str:
+        return self.plain.split("<")[0]
+
+    @property
+    def parameters(self) -> list[str]:
+        return re.split(r"[<>,]+", self.plain)[1:]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.recorded.grid
+
+    def compile(self, arch: int) -> CudaCompiled:
+        """The code of this instantiation. LookupError unless it is in exactly one of the op's sources."""
+        sources = [source for source in cuda_code.sources() if source.stem.startswith(self.op)]
+        able = [source for source in sources if ARCHS[arch] in cuda_code.archs(source)]
+        every = [kernel for source in able for kernel in cuda_code.compiled(source, ARCHS[arch], self.defines).kernels]
+        found = [kernel for kernel in every if kernel.name == self.plain]
+        if len(found) != 1:
+            raise LookupError(f"{self.plain}: {len(found)} kernels of that name in {[s.name for s in able]}")
+        x, y, z = self.recorded.block
+        return CudaCompiled(found[0], x * y * z, self.recorded.shared)
+
+
+@dataclass(frozen=True)
+class CudaCase(Case):
+    """A call of ``torch.ops.hhattn_cuda``. ``moved``: names of the tensors that a launch moves, or None where it moves
+    all that the operator has. ``defines``: under which nvcc compiles the sources.
+    """
+
+    moved: Callable[[CudaLaunch], Sequence[str] | None] = lambda launch: None
+    defines: tuple[str, ...] = ()
+
+    by = "CUDA"
+
+    def moved_bytes(self, launch: CudaLaunch) -> int:
+        names = self.moved(launch)
+        return sum(size for name, size in launch.recorded.tensors if names is None or name in names)
+
+    def counted(self, arch: int) -> list[tuple[CudaLaunch, int]]:
+        """What the call launches on a GPU of that architecture."""
+        importlib.import_module(f"hhattn.ops.{self.op}")  # defines the operators
+        kernels = cuda.Kernels()
+        cuda.prepare(kernels, arch)
+        runtime().reset()
+        with runtime().recording() as made:
+            self.call()
+        if kernels.error is not None:
+            raise kernels.error
+        launches = (CudaLaunch(self.op, each, self.defines) for each in made)
+        return counted(launches, lambda launch: (launch.plain, launch.grid))
+
+
+def operator(name: str, *args: object) -> Callable[[], object]:
+    """A call of the binding with meta tensors: they get where CPU tensors do."""
+
+    def call() -> object:
+        cuda.bindings()
+        overload = getattr(getattr(torch.ops, cuda.NAMESPACE), name).default
+        return overload._op_dk(torch._C.DispatchKey.CPU, *args)
+
+    return call
+
+
+#: Kernels that look at dtypes when they run: only what bfloat16 executes is counted.
+BF16 = ("HH_ONE_DTYPE=hh::bf16",)
+
+
+def norm_forward(model: Model) -> CudaCase:
+    x, scale, shift, residual, gate = norm_arguments(model)
+    call = operator("norm_modulate", x, scale, shift, None, None, residual, gate, True, 1e-6)
+    return CudaCase("norm_modulate", "forward", model, call, defines=BF16)
+
+
+def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
+    """Programs follow both lists of their line, some keys or queries a run; blocks of the mask have as many of both."""
+    products = {"forward": 2, "backward_dq": 3, "backward_dkv": 4}
+    full, partial = mask_blocks(model)
+
+    def step(launch: CudaLaunch) -> int:
+        return 64 if int(launch.parameters[2]) <= 128 else 32
+
+    def times(launch: CudaLaunch) -> Sequence[float]:
+        return [(full + partial) * BLOCK / step(launch)] if launch.name in products else ()
+
+    def flops(launch: CudaLaunch) -> float:
+        return products.get(launch.name, 0) * mask_flops(model)
+
+    rare = partial / (full + partial)
+    return CudaCase("block_sparse_attention", phase, model, call, times, flops, rare=rare, moved=_sparse_moved)
+
+
+def _sparse_moved(launch: CudaLaunch) -> Sequence[str] | None:
+    """What each kernel of the backward reads and writes; it has more scratch memory than the operator's tensors."""
+    return {
+        "delta": ("dout", "out", "lse", "dlse", "delta", "log2"),
+        "backward_dq": ("dout", "q", "k", "v", "delta", "log2", "dq"),
+        "backward_dkv": ("dout", "q", "k", "v", "delta", "log2", "dk", "dv"),
+    }.get(launch.name)
+
+
+def sparse_forward(model: Model) -> CudaCase:
+    call = operator("block_sparse_attention", *sparse_arguments(model))
+    return _sparse(model, "forward", call)
+
+
+def sparse_backward(model: Model) -> CudaCase:
+    call = operator("block_sparse_attention_backward", *sparse_backward_arguments(model))
+    return _sparse(model, "backward", call)
+
+
+CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward,)
+
+
+def cases() -> list[CudaCase]:
+    """Every call."""
+    return [case(model) for case in CASES for model in MODELS]
