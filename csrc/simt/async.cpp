@@ -62,7 +62,7 @@ void cp_async_wait_all(Site site) {
 }
 
 // ---- mbarriers
-static MBarrier &find(uint32_t bar, const char *what, Site site) {
+MBarrier &find_mbarrier(uint32_t bar, const char *what, Site site) {
   auto it = machine.block->mbarriers.find(bar);
   if (it == machine.block->mbarriers.end()) {
     report(site, "mbarrier", "%s at shared address %#x, where no mbarrier was initialised", what, bar);
@@ -116,7 +116,7 @@ void mbarrier_init(uint32_t bar, unsigned count, Site site) {
 }
 
 void mbarrier_inval(uint32_t bar, Site site) {
-  MBarrier &m = find(bar, "mbarrier.inval", site);
+  MBarrier &m = find_mbarrier(bar, "mbarrier.inval", site);
   if (!m.flying.empty() || !m.landing.empty()) report(site, "mbarrier", "mbarrier.inval while bulk copies are in flight");
   machine.block->mbarriers.erase(bar);
 }
@@ -135,20 +135,20 @@ static uint64_t arrive(MBarrier &m, unsigned count, Site site) {
 }
 
 uint64_t mbarrier_arrive(uint32_t bar, unsigned count, Site site) {
-  return arrive(find(bar, "mbarrier.arrive", site), count, site);
+  return arrive(find_mbarrier(bar, "mbarrier.arrive", site), count, site);
 }
 
-void mbarrier_expect_tx(uint32_t bar, unsigned bytes, Site site) { find(bar, "mbarrier.expect_tx", site).tx += bytes; }
+void mbarrier_expect_tx(uint32_t bar, unsigned bytes, Site site) { find_mbarrier(bar, "mbarrier.expect_tx", site).tx += bytes; }
 
 uint64_t mbarrier_arrive_expect_tx(uint32_t bar, unsigned bytes, Site site) {
-  MBarrier &m = find(bar, "mbarrier.arrive.expect_tx", site);
+  MBarrier &m = find_mbarrier(bar, "mbarrier.arrive.expect_tx", site);
   m.tx += bytes;
   return arrive(m, 1, site);
 }
 
 // cp.async.mbarrier.arrive: here the thread's copies land at once, and it arrives.
 void cp_async_mbarrier_arrive(uint32_t bar, bool noinc, Site site) {
-  MBarrier &m = find(bar, "cp.async.mbarrier.arrive", site);
+  MBarrier &m = find_mbarrier(bar, "cp.async.mbarrier.arrive", site);
   cp_async_wait_all(site);
   if (!noinc) m.pending++;
   arrive(m, 1, site);
@@ -164,7 +164,7 @@ static void let_fly(MBarrier &m) {
 }
 
 bool mbarrier_test(uint32_t bar, unsigned parity, Site site) {
-  MBarrier &m = find(bar, "mbarrier.test_wait", site);
+  MBarrier &m = find_mbarrier(bar, "mbarrier.test_wait", site);
   let_fly(m);
   if (m.phase == (parity & 1)) {
     yield(site);
@@ -181,13 +181,15 @@ bool mbarrier_test(uint32_t bar, unsigned parity, Site site) {
 }
 
 // ---- bulk copies
+void start_bulk(const Copy &copy, MBarrier &m, Site site) {
+  start(copy, site);
+  m.flying.push_back(copy);
+}
+
 void bulk_load(uint32_t dst, const void *src, unsigned bytes, uint32_t bar, Site site) {
   check_alignment("cp.async.bulk", dst, src, 16, site);
   if (bytes % 16) report(site, "misaligned", "cp.async.bulk: %u bytes are no multiple of 16", bytes);
-  MBarrier &m = find(bar, "cp.async.bulk", site);
-  Copy copy{dst, src, bytes, bytes};
-  start(copy, site);
-  m.flying.push_back(copy);
+  start_bulk({dst, src, bytes, bytes}, find_mbarrier(bar, "cp.async.bulk", site), site);
 }
 
 static void hold(uint32_t address, unsigned bytes, int direction) {

@@ -281,6 +281,8 @@ size_t cell_of(uint32_t address);
 void begin_memory(Block &);
 void check_proxy(uint32_t address, size_t bytes, Site);  // before the async proxy reads
 // async.cpp
+void start_bulk(const Copy &, MBarrier &, Site);
+MBarrier &find_mbarrier(uint32_t bar, const char *what, Site);
 void end_async(Fiber &);
 bool wgmma_register(const void *p);  // is it a register that a wgmma in flight writes?
 bool wgmma_source(const void *p);    // or one that it reads?

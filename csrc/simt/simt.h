@@ -96,6 +96,21 @@ void bulk_commit();
 void bulk_wait(unsigned n, bool read_only, Site = Site::here());  // .read: the sources may be overwritten
 void fence_proxy_async();                                         // generic writes become visible to wgmma and bulk copies
 
+// ---- TMA: boxes of a tensor of up to 5 dimensions, the first of which is contiguous (tiled mode, no interleaving, steps of 1)
+struct alignas(64) TensorMap {  // what CUtensorMap is on a GPU; made by encode_tiled
+  const void *base = nullptr;
+  uint64_t sizes[5], strides[5];  // elements; bytes, strides[0] those of an element
+  uint32_t box[5];                // elements
+  uint8_t rank = 0;               // 0: not encoded
+  uint8_t swizzle;                // bytes of a row of the pattern: 16 (none), 32, 64, 128
+};
+// As cuTensorMapEncodeTiled: false where that gives CUDA_ERROR_INVALID_VALUE. strides: those of dimensions 1 and up, bytes.
+bool encode_tiled(TensorMap &, unsigned element_bytes, unsigned rank, const void *base, const uint64_t *sizes, const uint64_t *strides,
+                  const uint32_t *box, unsigned swizzle);
+// cp.async.bulk.tensor, global -> shared: the box whose first element stands at `at`; what lies outside of the tensor comes as 0 and
+// counts as bytes of bar's tx like the rest.
+void tensor_load(uint32_t dst, const TensorMap &, const int *at, uint32_t bar, Site = Site::here());
+
 // ---- wgmma. D: n / 2 registers of this lane, by address, since they are written when the group is waited for and hold NaN until
 // then. a: 4 registers, by address too, since nobody may write them until then, or null and `a_desc` is the descriptor. B always by
 // descriptor. Every lane of the warp passes the same.

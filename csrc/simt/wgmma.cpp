@@ -193,12 +193,11 @@ static void wait(uint32_t, void *const *args) {
 void wgmma_wait(unsigned n, Site site) { aligned_collective(wait, &n, "wgmma.wait_group", site); }
 
 bool wgmma_register(const void *p) {
-  unsigned lane = machine.fiber->thread.lane;
-  for (auto &[key, acc] : machine.warp->accumulators) {
-    if (key.first != lane) continue;
-    for (uint32_t *r : acc.registers)
+  const unsigned lane = machine.fiber->thread.lane;
+  auto &all = machine.warp->accumulators;
+  for (auto it = all.lower_bound({lane, nullptr}); it != all.end() && it->first.first == lane; ++it)
+    for (uint32_t *r : it->second.registers)
       if (r == p) return true;
-  }
   return false;
 }
 

@@ -18,7 +18,7 @@ class Report:
 
     ``kind`` is one of: race, uninitialized, async-pending, async-source, async-not-waited, wgmma-pending,
     wgmma-no-fence, no-proxy-fence, global-oob, shared-oob, read-only, misaligned, divergence, deadlock, mask, barrier,
-    mbarrier, launch. ``thread`` is its index in the block, -1 for what is no thread's.
+    mbarrier, tensor-map, launch. ``thread`` is its index in the block, -1 for what is no thread's.
     """
 
     kind: str

@@ -32,7 +32,7 @@ from hhattn.simt import Counter, Report
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "simt"
 CUDA = SOURCES.parent / "cuda"
 HEADERS = ("machine", "numbers", "ptx", "simt")
-LIBRARY = ("async", "hooks", "instructions", "launch", "memory", "reports", "sync", "wgmma")
+LIBRARY = ("async", "hooks", "instructions", "launch", "memory", "reports", "sync", "tensor_map", "wgmma")
 #: What every file is compiled with. The CPU's own instructions are right here: it is built where it runs.
 FLAGS = ("-std=c++20", "-fPIC", "-fno-gnu-unique", "-march=native", "-ffp-contract=off", f"-I{SOURCES}")
 #: Sanitizers' calls into the emulator, for sources that don't announce their accesses.
