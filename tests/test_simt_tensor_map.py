@@ -40,9 +40,10 @@ def bring(kernels, emulator, x, box, at, swizzle=128, *, missing=0, wait=True, s
     emulator.register(out, "out", WRITE_FIRST)
     sizes = sizes or [x.shape[2], x.shape[1], x.shape[0]]
     strides = strides or [2 * x.stride(1), 2 * x.stride(0)]
+    p = ctypes.c_void_p
     encoded = kernels.run_bring(
-        ctypes.c_void_p(x.data_ptr()), (ctypes.c_uint64 * 3)(*sizes), (ctypes.c_uint64 * 2)(*strides),
-        (ctypes.c_uint32 * 3)(*box), swizzle, (ctypes.c_int * 3)(*at), missing, int(wait), ctypes.c_void_p(out.data_ptr()),
+        p(x.data_ptr()), (ctypes.c_uint64 * 3)(*sizes), (ctypes.c_uint64 * 2)(*strides), (ctypes.c_uint32 * 3)(*box),
+        swizzle, (ctypes.c_int * 3)(*at), missing, int(wait), p(out.data_ptr()),
     )  # fmt: skip
     return bool(encoded), out
 
