@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from types import MethodType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from hhattn.integrations.attention import BlockLinear, SparseLinear
     from hhattn.layout import VideoLayout
-    from hhattn.masks import BlockMask, SparsityPlan
+    from hhattn.masks import BlockMask, Selector, SparsityPlan
+
+    Attention: TypeAlias = (
+        str | BlockMask | Callable[[VideoLayout], BlockMask] | Selector | SparsityPlan | SparseLinear | BlockLinear
+    )
 
 log = logging.getLogger("hhattn")
 
@@ -46,9 +51,14 @@ class Layer:
 @dataclass
 class Swap:
     """What :func:`swap` did. ``layers`` lists every place it considered; :meth:`undo` restores the model. As a context
-    manager it undoes itself at the end of the block."""
+    manager it undoes itself at the end of the block.
+
+    ``added`` are the layers that the swap brought along, by path: the projections of a
+    :class:`hhattn.integrations.SparseLinear`. They are here, not in the model: train :meth:`parameters`, save
+    :meth:`state_dict`. They outlive :meth:`undo`."""
 
     layers: list[Layer] = field(default_factory=list)
+    added: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def left(self, path: str, part: str, why: str) -> None:
@@ -92,6 +102,38 @@ class Swap:
     def add_hook(self, module: nn.Module, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Call ``hook(module, args, kwargs)`` before the module's forward, until :meth:`undo`."""
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def add_module(self, path: str, owner: nn.Module, name: str, module: nn.Module, register: bool) -> None:
+        """Keep a new layer of the module at ``path``; ``register``: as a part of that module too, until undone."""
+        self.added[f"{path}.{name}"] = module
+        if not register:
+            return
+        if hasattr(owner, name):
+            raise ValueError(f"register=True: {path} has a {name} already")
+        owner.register_module(name, module)
+
+        def restore() -> None:
+            if getattr(owner, name, None) is module:
+                delattr(owner, name)
+
+        self._undo.append(restore)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of ``added``, for an optimizer."""
+        for module in self.added.values():
+            yield from module.parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights of ``added``, by path."""
+        return {f"{path}.{name}": x for path, m in self.added.items() for name, x in m.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take all weights of ``added`` from what :meth:`state_dict` gave. ValueError for other names."""
+        missing, more = self.state_dict().keys() - state.keys(), state.keys() - self.state_dict().keys()
+        if missing or more:
+            raise ValueError(f"state doesn't have {sorted(missing)[:3]}; it has {sorted(more)[:3]}, which isn't here")
+        for path, module in self.added.items():
+            module.load_state_dict({name: state[f"{path}.{name}"] for name in module.state_dict()})
 
     def undo(self) -> None:
         """Put every layer back as it was: the very objects, so results are the same bits. A second call does nothing. A
@@ -138,7 +180,7 @@ def _models(model_or_pipeline: object) -> dict[str, nn.Module]:
 
 def swap(
     model_or_pipeline: nn.Module | object,
-    attention: str | BlockMask | SparsityPlan | Callable[[VideoLayout], BlockMask] = "exact",
+    attention: Attention | Sequence[Attention] = "exact",
     norms: bool = True,
     rope: bool = True,
 ) -> Swap:
@@ -150,13 +192,19 @@ def swap(
         model_or_pipeline: a transformer of diffusers (Wan, SANA-Video, HunyuanVideo, HunyuanVideo 1.5, CogVideoX,
             LTX-Video, LTX-2, Mochi), or a pipeline with one or more of them.
         attention: "exact": :func:`hhattn.block_linear_attention` for SANA-Video, else :func:`hhattn.attention`. For all
-            but SANA-Video also what has :func:`hhattn.block_sparse_attention` attend a part of the pairs:
+            but SANA-Video also what attends a part of the pairs:
 
             - a function from a :class:`hhattn.VideoLayout` to a :class:`hhattn.BlockMask`, called once for each grid
               that the model is given: ``lambda layout: masks.radial(layout) | masks.text(layout)``. The layout knows
               where the model keeps its text; padded texts are taken out of the mask;
             - a :class:`hhattn.BlockMask` over the model's tokens;
-            - a :class:`hhattn.masks.SparsityPlan`, which makes masks from q and k as the model runs.
+            - a :class:`hhattn.masks.Selector`, which makes a mask from q and k at every call, or a
+              :class:`hhattn.masks.SparsityPlan`, which says when one is made, or a pattern used, step by step;
+            - a :class:`hhattn.integrations.SparseLinear`: linear attention for the pairs that a mask leaves out.
+
+            For SANA-Video also a :class:`hhattn.integrations.BlockLinear`: chunks of frames that see the past alone. A
+            list has one of all these for each self-attention layer, in the model's order (Wan VACE's control blocks
+            and HunyuanVideo's blocks of one stream come last).
         norms: norm q and k by :func:`hhattn.qk_norm_rope`, and norm, modulate and add up inside the blocks by
             :func:`hhattn.norm_modulate`.
         rope: rotate by :func:`hhattn.qk_norm_rope`. SANA-Video rotates inside its attention: there it can't be False.

@@ -1,4 +1,4 @@
-"""What the swapped self-attention of one model attends: everything, the pairs of a mask, or what a plan says."""
+"""What the swapped self-attention of a model's layers attends: everything, the pairs of a mask, what a plan says."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.integrations.swap import Swap
 from hhattn.layout import Order, VideoLayout
-from hhattn.masks import BlockMask, LayerPlan, SparsityPlan
+from hhattn.masks import BlockMask, LayerPlan
 
 KEPT = 8  # masks of other grids and texts are kept for the next call
 # (q, k, v, valid) -> out: [B, S, H, D] each, in the model's order of tokens; valid [B, S] bool: no padding; None: all
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (model, positional arguments, keyword arguments of its forward) -> the grid of tokens that its blocks see
 LayoutOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], VideoLayout]
+
+# the same -> masks [B, n] of the texts that self-attention takes, not 0 where a token is no padding
+TextsOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], list[Tensor]]
 
 
 def attend_all(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -70,66 +72,84 @@ def _of_all(mask: Tensor, tokens: int) -> Tensor:
 class MaskedAttention:
     """Attention under a mask, and under the padding of the texts of the current call.
 
-    ``mask`` is a BlockMask, or a function from a layout to one: it is then called once for each grid that the model is
-    given, which :meth:`see`, a hook before the model's forward, finds out.
+    ``mask`` is a BlockMask, or a function from a layout (and, where ``steps``, the sampler's step) to one: it is then
+    called once for each grid that the model is given. :meth:`see`, a hook before the model's forward, finds out grid
+    and padding and has the mask ready, so that compiled layers read nothing from the device and build nothing.
     """
 
-    def __init__(self, mask: BlockMask | Callable[[VideoLayout], BlockMask], layout_of: LayoutOf) -> None:
-        self._mask, self._layout_of = mask, layout_of
+    def __init__(
+        self,
+        mask: BlockMask | Callable[[VideoLayout], BlockMask] | Callable[[VideoLayout, int], BlockMask],
+        layout_of: LayoutOf,
+        texts_of: TextsOf | None = None,
+        steps: bool = False,
+    ) -> None:
+        self._given, self._layout_of, self._texts_of = mask, layout_of, texts_of
+        self._steps = steps and callable(mask)
         self._layout: VideoLayout | None = None
-        self._made: dict[tuple[Any, ...], BlockMask] = {}
-        self._seen: Callable[[], Tensor | None] = lambda: None
         self._lens: tuple[int, ...] | None = None
+        self._made: dict[tuple[Any, ...], BlockMask] = {}
+        self._ready = None if callable(mask) else mask
 
+    @torch._disable_dynamo  # a whole model's graph ends here
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the grid of the call that follows."""
+        """Note the grid and the texts of the call that follows, and have its mask ready."""
         self._layout = self._layout_of(model, args, kwargs)
+        if self._texts_of is not None:
+            self._lens = _text_lens(self._texts_of(model, args, kwargs))
+        if not self._steps:
+            # not the weights' device, which may be offloaded
+            latents: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self._ready = self._get(latents.device, 0)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-        mask = self.mask(q.device, valid)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, step: int = 0) -> Tensor:
+        mask = self.mask(q.device, step)
         return cast(Tensor, hhattn.block_sparse_attention(q, k, v, mask, order="raster" if mask.layout else None))
 
-    def mask(self, device: torch.device, valid: Tensor | None) -> BlockMask:
-        """The mask for this call, on ``device``; made at the first call that needs it."""
-        lens = None if valid is None else self._text_lens(valid)
-        key = (self._layout, lens, device)
+    def mask(self, device: torch.device, step: int = 0) -> BlockMask:
+        """The mask of the current call, on ``device``."""
+        if self._ready is not None and self._ready.device == device:
+            return self._ready
+        ready = self._get(device, step)
+        if not self._steps:
+            self._ready = ready
+        return ready
+
+    def _get(self, device: torch.device, step: int) -> BlockMask:
+        key = (self._layout, self._lens, device, step)
         if key not in self._made:
             if len(self._made) == KEPT:
                 del self._made[next(iter(self._made))]
             with torch.inference_mode(False):  # it may serve training later
-                self._made[key] = self._make(lens).to(device)
+                self._made[key] = self._make(step).to(device)
         return self._made[key]
 
-    def _make(self, lens: tuple[int, ...] | None) -> BlockMask:
-        mask = self._mask
+    def _make(self, step: int) -> BlockMask:
+        mask: Any = self._given
         if callable(mask):
             if self._layout is None:
                 raise RuntimeError("the model's blocks were called without the model, so the grid isn't known")
-            mask = mask(self._layout)
+            mask = mask(self._layout, step) if self._steps else mask(self._layout)
             if not isinstance(mask, BlockMask):
                 raise TypeError(f"attention made a {type(mask).__name__}; accepted is a hhattn.BlockMask")
         if mask.layout is not None and self._layout is not None and not _same(mask.layout, self._layout):
             raise ValueError(f"attention is a mask for {mask.layout}; this call's tokens are {self._layout}")
-        if lens is None:
+        if self._lens is None:
             return mask
         if mask.layout is None:
             raise ValueError(
                 "the texts have padding and attention is a mask without a layout; make it on a VideoLayout"
             )
         order = cast(Order, mask.order)
-        return mask & hhattn.masks.dense(mask.layout, text_lens=lens, block_size=mask.block_size, order=order)
+        return mask & hhattn.masks.dense(mask.layout, text_lens=self._lens, block_size=mask.block_size, order=order)
 
-    @torch.compiler.disable
-    def _text_lens(self, valid: Tensor) -> tuple[int, ...] | None:
-        """Tokens of each text that are no padding, or None where there is no padding. Read from the device once for all
-        layers of a call, which are given the same tensor."""
-        if self._seen() is not valid:
-            layout = self._layout or (None if callable(self._mask) else self._mask.layout)
-            text = 0 if layout is None else layout.text_len
-            counts = (valid.sum(1) - (valid.shape[1] - text)).tolist()
-            self._lens = None if all(n == text for n in counts) else tuple(counts)
-            self._seen = ref(valid)
-        return self._lens
+
+def _text_lens(texts: list[Tensor]) -> tuple[int, ...] | None:
+    """Tokens that are no padding, in all texts [B, n] together; None where no text has any. Read from the device."""
+    counts = sum(text.bool().sum(1) for text in texts)
+    whole = sum(text.shape[1] for text in texts)
+    lens = tuple(counts.tolist())  # type: ignore[union-attr]
+    return None if all(n == whole for n in lens) else lens
 
 
 def _same(ours: VideoLayout, model: VideoLayout) -> bool:
@@ -137,34 +157,38 @@ def _same(ours: VideoLayout, model: VideoLayout) -> bool:
     return (ours.grid, ours.text_len, ours.text_first) == (model.grid, model.text_len, model.text_first)
 
 
-class PlannedAttention:
-    """Attention as a plan says. It makes masks from q and k, which padding would be part of, so that is refused."""
+class NoPadding:
+    """Refuses padded texts, for attention that makes masks from q and k, which padding would be part of."""
 
-    def __init__(self, plan: LayerPlan) -> None:
-        self.plan = plan
+    def __init__(self, what: str) -> None:
+        self.what = what
         self._seen: Callable[[], Tensor | None] = lambda: None  # the last mask found to be without padding
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    def check(self, valid: Tensor | None) -> None:
+        """ValueError if ``valid`` leaves a token out."""
         if valid is not None and valid is not self._seen():
             if not bool(valid.all()):
-                raise ValueError("attention is a SparsityPlan, which takes no padded texts: give texts of one length")
+                raise ValueError(f"attention is a {self.what}, which takes no padded texts: give texts of one length")
             self._seen = ref(valid)
+
+
+class PlannedAttention:
+    """Attention as a plan says, which makes masks from q and k."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan, self._padding = plan, NoPadding("SparsityPlan")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        self._padding.check(valid)
         return self.plan.attend(q, k, v, order="raster")
 
 
-def attention_of(
-    handle: Swap, prefix: str, model: nn.Module, family: str, given: object, layout_of: LayoutOf
-) -> tuple[str, Callable[[int], Attend]]:
-    """What :func:`hhattn.swap` was given as ``attention``, as words for its report and as what layer number i runs."""
-    if isinstance(given, SparsityPlan):
-        return "hhattn.block_sparse_attention, as the plan says", lambda i: PlannedAttention(given.at(i, prefix))
-    if isinstance(given, BlockMask) or callable(given):
-        masked = MaskedAttention(given, layout_of)
-        handle.add_hook(model, masked.see)
-        return "hhattn.block_sparse_attention", lambda _: masked
-    if isinstance(given, str) and given == "exact":
-        return "hhattn.attention", lambda _: attend_all
-    accepted = "'exact', a hhattn.BlockMask, a function from a VideoLayout to one, or a hhattn.masks.SparsityPlan"
-    if isinstance(given, str):
-        raise ValueError(f"attention={given!r}; accepted for {family}: {accepted}")
-    raise TypeError(f"attention is a {type(given).__name__}; accepted for {family}: {accepted}")
+class PlannedPattern:
+    """Attention under a mask that doesn't depend on q and k, or dense, as a plan says."""
+
+    def __init__(self, plan: LayerPlan, masked: MaskedAttention) -> None:
+        self.plan, self.masked = plan, masked
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        step, dense = self.plan.count(q, k)
+        return attend_all(q, k, v, valid) if dense else self.masked(q, k, v, valid, step)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hhattn.integrations.diffusers._attention import Attend
+from hhattn.integrations.diffusers._choose import Chosen
 from hhattn.integrations.diffusers._qk import record_norms
 from hhattn.integrations.swap import Swap
 
@@ -34,19 +36,20 @@ def swap_attention(
     path: str,
     attn: Any,
     kind: type,
-    make: Callable[[bool], object],
+    make: Callable[[Attend, bool], object],
+    attends: Chosen,
     norms: bool,
     rope: bool,
-    by: str,
     part: str = "self-attention",
 ) -> None:
-    """Give the self-attention at ``path`` the processor ``make(fuse_norms)`` in place of its own ``kind``, and write
-    down what became of it (as ``part``), of the norms of its q and k and of their rotation."""
+    """Give the self-attention at ``path`` the processor ``make(attends, fuse_norms)`` in place of its own ``kind``, and
+    write down what became of it (as ``part``), of the norms of its q and k and of their rotation."""
     if why := why_not_swapped(attn.processor, kind):
         handle.left(path, part, why)
         return
-    handle.set_processor(path, attn, make(record_norms(handle, path, attn, norms)))
-    handle.swapped(path, part, by)
+    fuse_norms = record_norms(handle, path, attn, norms)
+    handle.set_processor(path, attn, make(attends.make(path, attn), fuse_norms))
+    handle.swapped(path, part, attends.by)
     if rope:
         handle.swapped(path, "rope", "hhattn.qk_norm_rope")
     else:

@@ -11,8 +11,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, attention_of
+from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -101,9 +102,9 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the joint attention of every block of a CogVideoXTransformer3DModel, as :func:`hhattn.swap` says."""
-    by, attend = attention_of(handle, prefix, model, "CogVideoX", attention, layout_of)
+    attends = attention_of(handle, prefix, model, "CogVideoX", attention, len(model.transformer_blocks), layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        make = partial(JointAttentionProcessor, attend(i), fuse_rope=rope)
-        swap_attention(handle, f"{path}.attn1", block.attn1, CogVideoXAttnProcessor2_0, make, norms, rope, by)
+        make = partial(JointAttentionProcessor, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, CogVideoXAttnProcessor2_0, make, attends[i], norms, rope)
         swap_forward(handle, path, block, block_forward, norms, "CogVideoXBlock", ("norm1.norm", "norm2.norm"))

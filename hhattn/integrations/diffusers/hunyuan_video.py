@@ -13,8 +13,9 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, Padding, attention_of
+from hhattn.integrations.diffusers._attention import Attend, Padding
 from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -26,7 +27,7 @@ class JointAttentionProcessor:
     """Does what diffusers' processors of HunyuanVideo and 1.5 do, without a mask of every pair of tokens. What comes
     out at padding is not always the same, and nobody attends it."""
 
-    def __init__(self, attend: Attend, padding: Padding, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+    def __init__(self, attend: Attend, fuse_norms: bool, padding: Padding, fuse_rope: bool = True) -> None:
         self.attend, self.padding, self.fuse_norms, self.fuse_rope = attend, padding, fuse_norms, fuse_rope
 
     def __call__(
@@ -143,26 +144,40 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
     encoders and the image's tokens."""
     latents, text = argument("hidden_states", 0, args, kwargs), argument("encoder_hidden_states", 2, args, kwargs)
     texts = [text]
-    if type(model).__name__ == "HunyuanVideo15Transformer3DModel":
+    if _is_later(model):
         texts += [argument("encoder_hidden_states_2", 5, args, kwargs), argument("image_embeds", 7, args, kwargs)]
     p, p_t = model.config.patch_size, model.config.patch_size_t
     grid = (latents.shape[2] // p_t, latents.shape[3] // p, latents.shape[4] // p)
     return VideoLayout(*grid, text_len=sum(text.shape[1] for text in texts))
 
 
+def texts_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The masks of a call's texts. In 1.5 an image of zeros stands for none, and all its tokens are padding."""
+    texts = [argument("encoder_attention_mask", 3, args, kwargs)]
+    if _is_later(model):
+        image = argument("image_embeds", 7, args, kwargs)
+        shown = (image != 0).any().expand(image.shape[:2])
+        texts += [argument("encoder_attention_mask_2", 6, args, kwargs), shown]
+    return texts
+
+
+def _is_later(model: Any) -> bool:
+    return type(model).__name__ == "HunyuanVideo15Transformer3DModel"
+
+
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the joint attention of every block of a HunyuanVideo transformer, as :func:`hhattn.swap` says."""
-    by, attend = attention_of(handle, prefix, model, "HunyuanVideo", attention, layout_of)
     padding = Padding()
     blocks = [(f"{prefix}transformer_blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]
     single = getattr(model, "single_transformer_blocks", ())
     blocks += [(f"{prefix}single_transformer_blocks.{i}", block) for i, block in enumerate(single)]
-    later = type(model).__name__.startswith("HunyuanVideo15")
+    later = _is_later(model)
     name = "HunyuanVideo15" if later else "HunyuanVideo"
     processor = HunyuanVideo15AttnProcessor2_0 if later else HunyuanVideoAttnProcessor2_0
+    attends = attention_of(handle, prefix, model, "HunyuanVideo", attention, len(blocks), layout_of, texts_of)
     for i, (path, block) in enumerate(blocks):
-        make = partial(JointAttentionProcessor, attend(i), padding, fuse_rope=rope)
-        swap_attention(handle, f"{path}.attn", block.attn, processor, make, norms, rope, by)
+        make = partial(JointAttentionProcessor, padding=padding, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn", block.attn, processor, make, attends[i], norms, rope)
         if "single" in path:
             swap_forward(handle, path, block, single_forward, norms, f"{name}SingleTransformerBlock", ("norm.norm",))
         else:

@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor,
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, attention_of
+from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
     argument,
@@ -18,6 +18,7 @@ from hhattn.integrations.diffusers._blocks import (
     swap_attention,
     swap_forward,
 )
+from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -85,11 +86,11 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of an LTXVideoTransformer3DModel, as :func:`hhattn.swap` says."""
-    by, attend = attention_of(handle, prefix, model, "LTX-Video", attention, layout_of)
+    attends = attention_of(handle, prefix, model, "LTX-Video", attention, len(model.transformer_blocks), layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        make = partial(SelfAttentionProcessor, attend(i), fuse_rope=rope)
-        swap_attention(handle, f"{path}.attn1", block.attn1, LTXVideoAttnProcessor, make, norms, rope, by)
+        make = partial(SelfAttentionProcessor, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, LTXVideoAttnProcessor, make, attends[i], norms, rope)
         handle.left(f"{path}.attn2", "cross-attention", "short and dense already")
         swap_forward(
             handle, path, block, block_forward, norms, "LTXVideoTransformerBlock", ("norm1", "norm2"), RMS_NORMS

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, attend_all, attention_of
+from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
     argument,
@@ -25,6 +25,7 @@ from hhattn.integrations.diffusers._blocks import (
     swap_attention,
     swap_forward,
 )
+from hhattn.integrations.diffusers._choose import EVERYTHING, attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -219,16 +220,16 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of an LTX2VideoTransformer3DModel, as :func:`hhattn.swap` says: that of
     the video runs ``attention``, that of the audio, which is short, everything."""
-    by, attend = attention_of(handle, prefix, model, "LTX-2", attention, layout_of)
+    attends = attention_of(handle, prefix, model, "LTX-2", attention, len(model.transformer_blocks), layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
         kind = LTX2PerturbedAttnProcessor if getattr(block, "perturbed_attn", False) else LTX2AudioVideoAttnProcessor
-        for name, what, says, part in (
-            ("attn1", attend(i), by, "self-attention"),
-            ("audio_attn1", attend_all, "hhattn.attention", "audio self-attention"),
+        make = partial(SelfAttentionProcessor, fuse_rope=rope)
+        for name, what, part in (
+            ("attn1", attends[i], "self-attention"),
+            ("audio_attn1", EVERYTHING, "audio self-attention"),
         ):
-            make = partial(SelfAttentionProcessor, what, fuse_rope=rope)
-            swap_attention(handle, f"{path}.{name}", getattr(block, name), kind, make, norms, rope, says, part)
+            swap_attention(handle, f"{path}.{name}", getattr(block, name), kind, make, what, norms, rope, part)
         for name in ("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"):
             handle.left(f"{path}.{name}", "cross-attention", "short and dense already")
         swap_forward(handle, path, block, block_forward, norms, "LTX2VideoTransformerBlock", NORMS, RMS_NORMS)

@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, Padding, attention_of
+from hhattn.integrations.diffusers._attention import Attend, Padding
 from hhattn.integrations.diffusers._blocks import argument, swap_attention, swap_forward
+from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -24,7 +25,7 @@ class JointAttentionProcessor:
     """Does what diffusers' ``MochiAttnProcessor2_0`` does. The tokens of a text that the mask leaves out must come
     after the others; diffusers' processor would move the others forward."""
 
-    def __init__(self, attend: Attend, padding: Padding, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+    def __init__(self, attend: Attend, fuse_norms: bool, padding: Padding, fuse_rope: bool = True) -> None:
         self.attend, self.padding, self.fuse_norms, self.fuse_rope = attend, padding, fuse_norms, fuse_rope
 
     def __call__(
@@ -119,12 +120,18 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
     return VideoLayout(latents.shape[2], latents.shape[3] // p, latents.shape[4] // p, text_len=text.shape[1])
 
 
+def texts_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The mask [B, S_text] of a call's text."""
+    return [argument("encoder_attention_mask", 3, args, kwargs)]
+
+
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the joint attention of every block of a MochiTransformer3DModel, as :func:`hhattn.swap` says."""
-    by, attend = attention_of(handle, prefix, model, "Mochi", attention, layout_of)
+    layers = len(model.transformer_blocks)
+    attends = attention_of(handle, prefix, model, "Mochi", attention, layers, layout_of, texts_of)
     padding = Padding()
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
-        make = partial(JointAttentionProcessor, attend(i), padding, fuse_rope=rope)
-        swap_attention(handle, f"{path}.attn1", block.attn1, MochiAttnProcessor2_0, make, norms, rope, by)
+        make = partial(JointAttentionProcessor, padding=padding, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, MochiAttnProcessor2_0, make, attends[i], norms, rope)
         swap_forward(handle, path, block, block_forward, norms, "MochiTransformerBlock", NORMS, KINDS)

@@ -1,27 +1,47 @@
-"""SANA-Video: its linear self-attention by :func:`hhattn.block_linear_attention`."""
+"""SANA-Video: its linear self-attention by :func:`hhattn.block_linear_attention`, of the clip or of chunks of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._blocks import layer_norm, swap_forward
+from hhattn.integrations.attention import BlockLinear
+from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_forward
+from hhattn.integrations.diffusers._choose import one_each, refusal
 from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms
 from hhattn.integrations.swap import Swap
 
-if TYPE_CHECKING:
-    from hhattn.masks import BlockMask
+ACCEPTED = "'exact', a hhattn.integrations.BlockLinear, or a list with one of these for each layer"
+
+
+class FrameTokens:
+    """Tokens of a latent frame in the current call: a hook before the model's forward."""
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+
+    def see(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the grid of the call that follows."""
+        latents, (_, *patch) = argument("hidden_states", 0, args, kwargs), model.config.patch_size
+        self.count = (latents.shape[3] // patch[0]) * (latents.shape[4] // patch[1])
+
+    def chunk(self, frames: int) -> int:
+        """Tokens of a chunk of so many frames."""
+        if self.count is None:
+            raise RuntimeError("the model's blocks were called without the model, so the grid isn't known")
+        return frames * self.count
 
 
 class LinearAttentionProcessor:
     """Does what diffusers' ``SanaLinearAttnProcessor3_0`` does, and also takes ``rotary_emb=None``. The denominator is
-    summed in float32, where that one uses the model's dtype. A mask or a second sequence is refused, not ignored."""
+    summed in float32, where that one uses the model's dtype. A mask or a second sequence is refused, not ignored. With
+    ``frames``, tokens attend their own chunk of so many frames and those before."""
 
-    def __init__(self, fuse_norms: bool = True) -> None:
-        self.fuse_norms = fuse_norms
+    def __init__(self, fuse_norms: bool, frames: int | None, tokens: FrameTokens) -> None:
+        self.fuse_norms, self.frames, self.tokens = fuse_norms, frames, tokens
 
     def __call__(
         self,
@@ -37,7 +57,8 @@ class LinearAttentionProcessor:
             raise ValueError(f"{name} must be None: this is SANA-Video's self-attention, which has no mask")
         q, k = norm_rope(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), None, self.fuse_norms)
         rope = None if rotary_emb is None else (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
-        out = hhattn.block_linear_attention(q, k, heads(attn, attn.to_v(hidden_states)), rope=rope)
+        chunk = None if self.frames is None else self.tokens.chunk(self.frames)
+        out = hhattn.block_linear_attention(q, k, heads(attn, attn.to_v(hidden_states)), chunk_lens=chunk, rope=rope)
         out = attn.to_out[0](cast(Tensor, out).flatten(2))
         return attn.to_out[1](out)
 
@@ -71,18 +92,29 @@ def block_forward(
     return hidden_states + mlp_gate * y
 
 
-def swap_layers(handle: Swap, prefix: str, model: Any, attention: str | BlockMask, norms: bool, rope: bool) -> None:
+def chunks_of(attention: object, layers: int) -> list[int | None]:
+    """What swap was given as ``attention``: frames of a chunk for each layer, None for the whole clip."""
+    given = one_each(attention, layers)
+    for x in given:
+        if not isinstance(x, BlockLinear) and not (isinstance(x, str) and x == "exact"):
+            raise refusal(x, "SANA-Video, whose attention is linear", ACCEPTED)
+    return [x.frames if isinstance(x, BlockLinear) else None for x in given]
+
+
+def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of a SanaVideoTransformer3DModel, as :func:`hhattn.swap` says."""
-    if attention != "exact":
-        raise ValueError(f"attention={attention!r}; accepted for SANA-Video, whose attention is linear: 'exact'")
+    chunks, tokens = chunks_of(attention, len(model.transformer_blocks)), FrameTokens()
     if not rope:
         raise ValueError("rope=False; accepted for SANA-Video: True, since its linear attention rotates inside the op")
+    if any(chunks):
+        handle.add_hook(model, tokens.see)
     for i, block in enumerate(model.transformer_blocks):
-        path, attn = f"{prefix}transformer_blocks.{i}", block.attn1
+        path, attn, frames = f"{prefix}transformer_blocks.{i}", block.attn1, chunks[i]
         if type(attn.processor) is SanaLinearAttnProcessor3_0:
             fuse = record_norms(handle, f"{path}.attn1", attn, norms)
-            handle.set_processor(f"{path}.attn1", attn, LinearAttentionProcessor(fuse))
-            handle.swapped(f"{path}.attn1", "self-attention", "hhattn.block_linear_attention")
+            handle.set_processor(f"{path}.attn1", attn, LinearAttentionProcessor(fuse, frames, tokens))
+            by = "hhattn.block_linear_attention" + (f", chunks of {frames} frames" if frames else "")
+            handle.swapped(f"{path}.attn1", "self-attention", by)
             handle.swapped(f"{path}.attn1", "rope", "hhattn.block_linear_attention")
         else:
             handle.left(f"{path}.attn1", "self-attention", f"its processor is a {type(attn.processor).__name__}")

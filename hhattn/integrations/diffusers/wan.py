@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, attend_all, attention_of
+from hhattn.integrations.diffusers._attention import Attend, attend_all
 from hhattn.integrations.diffusers._blocks import (
     argument,
     layer_norm,
@@ -18,6 +18,7 @@ from hhattn.integrations.diffusers._blocks import (
     swap_attention,
     swap_forward,
 )
+from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -80,11 +81,11 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of a Wan transformer, as :func:`hhattn.swap` says."""
-    by, attend = attention_of(handle, prefix, model, "Wan", attention, layout_of)
     blocks = [(f"{prefix}blocks.{i}", block) for i, block in enumerate(model.blocks)]
     blocks += [(f"{prefix}vace_blocks.{i}", block) for i, block in enumerate(getattr(model, "vace_blocks", ()))]
+    attends = attention_of(handle, prefix, model, "Wan", attention, len(blocks), layout_of)
     for i, (path, block) in enumerate(blocks):
-        make = partial(SelfAttentionProcessor, attend(i), fuse_rope=rope)
-        swap_attention(handle, f"{path}.attn1", block.attn1, WanAttnProcessor, make, norms, rope, by)
+        make = partial(SelfAttentionProcessor, fuse_rope=rope)
+        swap_attention(handle, f"{path}.attn1", block.attn1, WanAttnProcessor, make, attends[i], norms, rope)
         handle.left(f"{path}.attn2", "cross-attention", "short and dense already")
         swap_forward(handle, path, block, block_forward, norms, "WanTransformerBlock", ("norm1", "norm2", "norm3"))

@@ -98,7 +98,9 @@ class SparsityPlan:
     again in the backward, which would count as another step: train under a mask, or without checkpointing.
 
     Args:
-        select: a :class:`Selector`, or a :class:`BlockMask` that is the same at every step.
+        select: a :class:`Selector`; or a :class:`BlockMask` that is the same at every step; or, under
+            :func:`hhattn.swap`, which knows the model's grid, a function from a :class:`hhattn.VideoLayout` and the
+            step (with ``every``, the step from which its mask serves) to a :class:`BlockMask`.
         every: steps that a mask is used for.
         dense_steps: the first steps, which decide what the video shows, are dense.
         dense_layers: the first so many layers, or the numbers of layers, that always are.
@@ -108,12 +110,12 @@ class SparsityPlan:
             has masks of its own.
         steps: steps of one video.
 
-    Raises ValueError for counts below 1 (``dense_steps`` below 0), or a density for a BlockMask.
+    Raises ValueError for counts below 1 (``dense_steps`` below 0), or a density without a Selector.
     """
 
     def __init__(
         self,
-        select: Selector | BlockMask,
+        select: Selector | BlockMask | Callable[[VideoLayout, int], BlockMask],
         *,
         every: int = 1,
         dense_steps: int = 0,
@@ -128,7 +130,7 @@ class SparsityPlan:
                 raise ValueError(f"{name}={count}: accepted is 1 or more")
         if dense_steps < 0:
             raise ValueError(f"dense_steps={dense_steps}: accepted is 0 or more")
-        if density is not None and isinstance(select, BlockMask):
+        if density is not None and not isinstance(select, Selector):
             raise ValueError("density needs a Selector; a BlockMask has the density it has")
         self.select, self.every, self.dense_steps, self.density = select, every, dense_steps, density
         self.dense_layers = range(dense_layers) if isinstance(dense_layers, int) else frozenset(dense_layers)
@@ -167,6 +169,10 @@ class SparsityPlan:
         from hhattn.ops.attention import attention
         from hhattn.ops.block_sparse_attention import block_sparse_attention
 
+        if not isinstance(self.select, (Selector, BlockMask)):
+            raise ValueError(
+                "select is a function of a layout and a step, which hhattn.swap calls; it knows the layout"
+            )
         state, step, slot = self._count((name, layer), q, k)
         made = state.made.get(slot)
         due = made is None or step - made.step >= self.every
@@ -214,6 +220,14 @@ class LayerPlan:
     ) -> Tensor:
         """:meth:`SparsityPlan.attend` of this layer."""
         return self.plan.attend(q, k, v, self.layer, self.name, scale=scale, order=order)
+
+    @torch._disable_dynamo
+    def count(self, q: Tensor, k: Tensor) -> tuple[int, bool]:
+        """Count a call in place of :meth:`attend`, for masks that are made elsewhere: the step from which its mask
+        serves, and whether it is dense instead."""
+        plan = self.plan
+        _, step, _ = plan._count((self.name, self.layer), q, k)
+        return step - step % plan.every, plan._density(self.layer, step) is not None
 
 
 def _make(selector: Selector, q: Tensor, k: Tensor, scale: float | None, step: int, before: _Made | None) -> _Made:
