@@ -46,7 +46,8 @@ void __tsan_vptr_update(void **, void *) {}
 void __tsan_vptr_read(void **) {}
 
 void __ubsan_handle_type_mismatch_v1(Misalignment *d, uintptr_t p) {
-  if (simt::machine.fiber)
-    simt::report(Site{d->at.file, d->at.line}, "misaligned", "address %#zx is no multiple of %d", size_t(p), 1 << d->log_align);
+  if (!simt::machine.fiber) return;
+  simt::report(Site{d->at.file, d->at.line}, "misaligned", "address %#zx is no multiple of %d", size_t(p), 1 << d->log_align);
+  simt::stop();  // as on a GPU; and the host's own vector instructions may not survive the access
 }
 }

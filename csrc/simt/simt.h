@@ -39,7 +39,7 @@ struct Thread {
 extern Thread *self;
 
 // ---- launch. The body is called once a thread with `params`; returns when every block is done or the launch was stopped by an
-// access out of bounds, a deadlock or divergence (see reports). `image` is the address of something thread-local in the kernel's
+// access out of bounds, a .cu source's misaligned one, a deadlock or divergence (see reports). `image` is the address of something thread-local in the kernel's
 // library, for its static __shared__ arrays, or null if it has none.
 using Body = void (*)(const void *params);
 extern "C" void simt_launch(const char *kernel, Body body, const void *params, const unsigned grid[3], const unsigned block[3],

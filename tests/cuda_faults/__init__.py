@@ -2,19 +2,22 @@
 
 ``RUNS``: what is run, by name, and ``FAULTS``: texts of the op's sources, what becomes of them, and who notices.
 
-`python tests/cuda_faults/__init__.py` prints the table of docs/verification.md.
+`python tests/cuda_faults/__init__.py` writes their table in docs/verification.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+PAGE = CUDA.parents[1] / "docs" / "verification.md"
+ROW = r"^\| .+? \| `csrc/cuda/\S+` \| .+? \|$"  # a line of the table there
 NUMBERS = "numbers"  # not the emulator's reports but the accuracy rule finds it
 
 
@@ -74,10 +77,17 @@ def rows() -> list[str]:
     return [f"| {f.what} | `csrc/cuda/{f.file}` | {kind} |" for f, kind in zip(every, kinds, strict=True)]
 
 
+def write_table() -> None:
+    """Put the lines in the place of those that docs/verification.md has."""
+    text = PAGE.read_text()
+    lines = list(re.finditer(ROW, text, re.M))
+    PAGE.write_text(text[: lines[0].start()] + "\n".join(rows()) + text[lines[-1].end() :])
+
+
 if __name__ == "__main__":
     import sys
 
     sys.path[:0] = [str(Path(__file__).parents[1])]
-    from cuda_faults import rows as all_rows  # the package, not this script: modules import it
+    import cuda_faults  # the package, not this script: its modules import it
 
-    print("\n".join(all_rows()))
+    cuda_faults.write_table()
