@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := pyproject.toml setup.py build_backend.py $(shell find csrc -path csrc/simt -prune -o -name '*.cpp' -print -o -name '*.h' -print)
+NATIVE := pyproject.toml setup.py build_backend.py $(shell find csrc -path csrc/simt -prune -o -name '*.cpp' -print -o -name '*.h' -print -o -name '*.cu*' -print)
 
 # The stamp of torch holds what was asked for; when another TORCH is given, it is installed in its place.
 ifneq ($(origin TORCH),file)

@@ -1,19 +1,27 @@
-"""Build the native library ``hhattn._C``; everything else about the package is in pyproject.toml.
+"""Build the native library ``hhattn._C``, and ``hhattn._C_cuda`` of the CUDA kernels; everything else about the package
+is in pyproject.toml.
 
 torch is never imported here: its headers and libraries are found on disk, in the environment being installed into, so
 that a plain isolated ``pip install .`` uses the torch that is there. Where the library can't be built (or with
 HHATTN_NATIVE=0) the package is installed pure Python, which works, slower; ``hhattn info`` tells. HHATTN_NATIVE=1 makes
 that an error.
+
+The CUDA library is built where nvcc and a CUDA torch are. HHATTN_CUDA=1 demands it, and builds it against a CPU torch
+too, which proves the build: such a library lacks torch's stream and can't be loaded. HHATTN_CUDA=0 leaves it out.
+HHATTN_CUDA_ARCHS="80 90a" narrows what it is compiled for.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,6 +50,9 @@ FLAGS += ["-Wno-maybe-uninitialized"]  # GCC 12 warns inside its own avx512fintr
 # HHATTN_SANITIZE=address or thread: checked code, for `make asan` and `make tsan`.
 SANITIZE = [f"-fsanitize={kind}" for kind in [os.environ.get("HHATTN_SANITIZE")] if kind]
 FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else []
+# What kernels are compiled for: code for 8.0 runs on 8.6 and 8.9 too, 10.0's on 10.3. csrc/cuda/*_sm90.cu is for 9.0a.
+CUDA_ARCHS = ("80", "90a", "100", "120")
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 
 
@@ -73,42 +84,45 @@ class BuildNative(build_ext):
     """Compile the CPU kernels once for each instruction set, several files at a time, and link everything into one
     library."""
 
-    skipped: str | None = None  # why the library is not built
-
     def build_extension(self, ext: Extension) -> None:
         torch = torch_dir()
-        self.skipped = self.why_not(torch)
-        if torch and not self.skipped:
+        cuda = ext.name == CUDA_LIBRARY
+        skipped = self.why_not(torch) or (why_no_cuda(torch) if cuda else None)
+        if torch and not skipped:
             try:
-                self.build(ext, torch)
+                self.build(ext, self.compile_cuda if cuda else self.compile_all, torch)
             except (CompilerFailed, CompileError, LinkError, OSError) as error:
-                self.skipped = str(error)
-        if reason := self.skipped:
-            if os.environ.get("HHATTN_NATIVE") == "1":
-                raise SystemExit(f"hhattn: HHATTN_NATIVE=1, but the native library can't be built: {reason}")
-            print(f"\n*** hhattn: installing WITHOUT the native library: {reason}", file=sys.stderr)
-            print("*** Everything works, on slower implementations; `hhattn info` shows which.\n", file=sys.stderr)
+                skipped = str(error)
+        if skipped:
+            self.leave_out(ext, skipped)
 
-    def build(self, ext: Extension, torch: Path) -> None:
+    def leave_out(self, ext: Extension, reason: str) -> None:
+        """Go on without the library, saying so; where it is demanded, stop."""
+        self.extensions = [other for other in self.extensions if other is not ext]
+        cuda = ext.name == CUDA_LIBRARY
+        variable, what = ("HHATTN_CUDA", "library of CUDA kernels") if cuda else ("HHATTN_NATIVE", "native library")
+        if os.environ.get(variable) == "1":
+            raise SystemExit(f"hhattn: {variable}=1, but the {what} can't be built: {reason}")
+        if cuda and reason == NO_CUDA:
+            return  # as on most machines; `hhattn info` tells
+        print(f"\n*** hhattn: installing WITHOUT the {what}: {reason}", file=sys.stderr)
+        print("*** Everything works, on slower implementations; `hhattn info` shows which.\n", file=sys.stderr)
+
+    def build(self, ext: Extension, compile_all: Callable[[Path], list[str]], torch: Path) -> None:
         """Compile and link, unless the library is newer than all it is made of."""
         target = self.get_ext_fullpath(ext.name)
         if not self.force and not newer_group([*ext.sources, *ext.depends], target, "newer"):
             return
         self.compiler.spawn = self.compiler.call = run_compiler  # the first before setuptools 84, the second since
-        ext.extra_objects = self.compile_all(torch)
+        ext.extra_objects = compile_all(torch)
         ext.sources, ext.library_dirs, ext.libraries = [], [str(torch / "lib")], ["torch_cpu"]
         ext.extra_link_args = SANITIZE
+        if ext.name == CUDA_LIBRARY:
+            ext.library_dirs += [str(cuda_home() / "lib64")]
+            ext.libraries += ["torch_cuda"] if has_cuda(torch) else []
+            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+            ext.extra_link_args = []
         super().build_extension(ext)
-
-    def get_outputs(self) -> list[str]:
-        return [] if self.skipped else super().get_outputs()
-
-    def get_output_mapping(self) -> dict[str, str]:
-        return {} if self.skipped else super().get_output_mapping()
-
-    def copy_extensions_to_source(self) -> None:
-        if not self.skipped:
-            super().copy_extensions_to_source()
 
     def why_not(self, torch: Path | None) -> str | None:
         if os.environ.get("HHATTN_NATIVE") == "0":
@@ -139,17 +153,94 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
             return [path for paths in pool.map(compile_one, jobs) for path in paths]
 
+    def compile_cuda(self, torch: Path) -> list[str]:
+        """Kernels by nvcc, bindings by the C++ compiler."""
+        import pybind11
 
-def native() -> Extension:
-    """The extension, with every file it depends on, so that an unchanged one isn't built again."""
-    found = [p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
-    files = sorted(str(p) for p in found if p.parts[1] != "simt")  # the emulator is for tests, and builds itself
-    return Extension("hhattn._C", sources=[f for f in files if f.endswith(".cpp")], depends=files, language="c++")
+        archs = os.environ.get("HHATTN_CUDA_ARCHS", "").replace(",", " ").split() or known_archs()
+        nvcc = str(find_nvcc())
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = ["-isystem", pybind11.get_include(), "-isystem", str(torch / "include")]
+        includes += ["-isystem", str(cuda_home() / "include"), f'-DHH_ARCHS="{" ".join(archs)}"']
+
+        def kernel(source: Path) -> str:
+            wanted = [a for a in archs if a == "90a"] if source.stem.endswith("_sm90") else archs
+            if not wanted:  # its launcher is called on sm_90 alone, but has to be there
+                wanted = ["90a"]
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
+            made = str(folder / f"{source.stem}.o")
+            compiler = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
+            run_compiler([nvcc, *NVCC_FLAGS, *compiler, *codes, "-c", str(source), "-o", made])
+            return made
+
+        def binding(source: Path) -> str:
+            flags = [*FLAGS, *STABLE_ABI, *includes]
+            name = str(source.relative_to(ROOT))
+            return self.compiler.compile([name], output_dir=str(folder), extra_postargs=flags)[0]
+
+        bindings = [ROOT / "csrc/cuda/python.cpp", *sorted((ROOT / "csrc/cuda/ops").glob("*.cpp"))]
+        with ThreadPoolExecutor(self.parallel or os.cpu_count() or 1) as pool:
+            return [*pool.map(kernel, sorted((ROOT / "csrc/cuda").glob("*.cu"))), *pool.map(binding, bindings)]
+
+
+# ---- CUDA
+CUDA_LIBRARY = "hhattn._C_cuda"
+NO_CUDA = "neither nvcc nor a torch for CUDA"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of $CUDA_HOME, or on the path."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+@functools.cache
+def cuda_home() -> Path:
+    """CUDA's folder, of which nvcc knows where it is; what is on the path may be a link or a script."""
+    nvcc = find_nvcc() or "nvcc"
+    said = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(found[1] if found else Path(nvcc).parents[1]).resolve()
+
+
+def has_cuda(torch: Path) -> bool:
+    return (torch / "lib/libtorch_cuda.so").exists()
+
+
+def why_no_cuda(torch: Path | None) -> str | None:
+    wanted = os.environ.get("HHATTN_CUDA", "")
+    nvcc = find_nvcc()
+    if wanted == "0":
+        return "HHATTN_CUDA=0"
+    if nvcc and torch and (wanted == "1" or has_cuda(torch)):
+        return None
+    if torch and has_cuda(torch):
+        return "nvcc was not found (on PATH, or in $CUDA_HOME/bin)"
+    return NO_CUDA if not nvcc or not wanted else "torch was not found"
+
+
+def known_archs() -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc knows."""
+    listed = subprocess.run(
+        [str(cuda_home() / "bin/nvcc"), "--list-gpu-code"], capture_output=True, text=True, check=False
+    )
+    return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed.stdout.split()]
+
+
+def extensions() -> list[Extension]:
+    """The libraries, each with every file it depends on, so that an unchanged one isn't built again."""
+    suffixes = (".cpp", ".h", ".cu", ".cuh")
+    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
+    cuda = [f for f in files if Path(f).parts[1] == "cuda"]
+    native = [f for f in files if Path(f).parts[1] not in ("cuda", "simt")]  # the emulator builds itself, for tests
+    named = (("hhattn._C", native), (CUDA_LIBRARY, cuda))
+    return [Extension(n, sources=[f for f in fs if f.endswith(".cpp")], depends=fs, language="c++") for n, fs in named]
 
 
 setup(
     packages=[*find_packages(include=["hhattn", "hhattn.*"], exclude=["hhattn.simt"]), "hhattn.kernels"],
     package_dir={"hhattn.kernels": "kernels"},  # never a top-level `kernels`: another package has that name
-    ext_modules=[native()],
+    ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
 )

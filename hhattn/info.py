@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hhattn import _dispatch, _ext
+from hhattn.ops import _cuda
 
 PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "av", "numpy")
 
@@ -32,6 +33,10 @@ class Info(dict[str, Any]):
                 f"  {isa:<12}{'runs here' if ok else 'built; not on this CPU'}" for isa, ok in cpu["built"].items()
             ]
         lines.append(f"GPU: {gpu['name'] or 'none'}" + (f" (sm_{gpu['capability']})" if gpu["name"] else ""))
+        cuda = self["cuda"]
+        lines.append(
+            f"  CUDA kernels: none: {cuda['reason']}" if cuda["reason"] else f"  CUDA kernels: {cuda['archs']}"
+        )
         for op, impls in self["ops"].items():
             lines.append(op)
             lines += [f"  {name:<12}{reason or 'runs'}" for name, reason in impls.items()]
@@ -64,6 +69,12 @@ def _gpu() -> dict[str, Any]:
     return {"name": torch.cuda.get_device_name(), "capability": f"{major}{minor}", "count": torch.cuda.device_count()}
 
 
+def _cuda_kernels() -> dict[str, str | None]:
+    """What the CUDA kernels are compiled for ("80 90a"), or the reason why there are none."""
+    module, reason = _cuda.load()
+    return {"archs": None if module is None else module.archs, "reason": reason}
+
+
 def _ops() -> dict[str, dict[str, str | None]]:
     """For each op, each implementation with None, or the reason why it can't run on this machine."""
     package = importlib.import_module("hhattn.ops")
@@ -81,7 +92,8 @@ def info() -> Info:
 
     Returns an :class:`Info`: a dictionary with the keys ``hhattn``, ``python``, ``platform``, ``packages`` (name →
     version or None), ``cpu`` (``machine``, ``threads``, ``isa`` in use, ``built`` name → runs here, ``cap``,
-    ``reason``), ``gpu`` (``name``, ``capability``, ``count``) and ``ops`` (op → implementation → None or reason).
+    ``reason``), ``gpu`` (``name``, ``capability``, ``count``), ``cuda`` (``archs``, ``reason``) and
+    ``ops`` (op → implementation → None or reason).
     """
     return Info(
         hhattn=importlib.import_module("hhattn").__version__,
@@ -90,5 +102,6 @@ def info() -> Info:
         packages={name: _version(name) for name in PACKAGES},
         cpu=_cpu(),
         gpu=_gpu(),
+        cuda=_cuda_kernels(),
         ops=_ops(),
     )

@@ -23,7 +23,8 @@ emulated: Session | None = None  # kernels run on a CPU: set while hhattn.simt.e
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def load() -> tuple[ModuleType | None, str | None]:
+    """The library of CUDA kernels, or the reason why there is none."""
     try:
         return importlib.import_module("hhattn._C_cuda"), None
     except ModuleNotFoundError as error:
@@ -51,7 +52,7 @@ def why_not(x: Tensor | None) -> str | None:
     """None, or the reason why kernels can't run on ``x``, or, for None, on this machine at all."""
     if emulated is not None:
         return None if x is None or x.device.type == "cpu" else f"x is on {x.device}; the emulator runs on CPU tensors"
-    if reason := _load()[1]:
+    if reason := load()[1]:
         return reason
     if x is None:
         return _too_old(torch.cuda.current_device()) if torch.cuda.is_available() else "no CUDA GPU here"

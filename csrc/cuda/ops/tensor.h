@@ -28,6 +28,8 @@ extern "C" {
 }
 #else
 #include <cuda_runtime_api.h>
+// A CUDA torch has it; its header declares it for torch's own build only.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #define HH_LIBRARY hhattn_cuda
 #define HH_DEVICE_KEY CUDA
 #endif
