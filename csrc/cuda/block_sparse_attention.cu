@@ -145,9 +145,9 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
   const uint32_t shared = ptx::smem_address(memory), ring = shared + S::ROWS * S::Rows::PITCH;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
-  const int index = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
-  const int64_t batch = index / a.mask.lines;
-  const int first = index % a.mask.lines * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
+  const int64_t batch = blockIdx.z;
+  const int line = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
+  const int first = line * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
   const int warp_row = warp % (WARPS / S::KEY_WARPS) * S::WARP_ROWS, warp_key = warp / (WARPS / S::KEY_WARPS) * S::WARP_KEYS;
   const auto at = [](const Heads& x, int64_t b, int64_t h) {
     return static_cast<const uint16_t*>(x.in.data) + b * x.batch + h * x.head;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
   const uint16_t *k = at(a.k, batch, head / (a.heads / a.kv_heads)), *v = at(a.v, batch, head / (a.heads / a.kv_heads));
   const float c = a.scale * LOG2_E;
 
-  auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, index % a.mask.lines, a.k_len);
+  auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, line, a.k_len);
   const int steps = walk.steps();
   const auto load = [&](uint32_t slot, const uint16_t* from, int64_t token, int dim, const Part& part) {
     S::Rows::template copy<S::KEYS>(ring + slot, from + part.first * token, token, part.count, dim);
@@ -221,7 +221,7 @@ template <class T, int HEAD, int KEY_WARPS>
 int run(const BlockSparseArgs& a, void* stream) {
   using S = Shape<T, HEAD, KEY_WARPS>;
   const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
-  const dim3 grid(a.batch * a.mask.lines * parts, a.heads);
+  const dim3 grid(a.mask.lines * parts, a.heads, a.batch);
   return launch("block_sparse_attention", forward<S>, grid, dim3(THREADS), S::SHARED, stream, a);
 }
 

@@ -9,7 +9,7 @@ namespace hh {
 struct BlockSparseMask {
   const int32_t *counts = nullptr, *columns = nullptr, *tiles = nullptr, *full_counts = nullptr, *full_columns = nullptr;
   const uint8_t* bits = nullptr;  // [tiles, bq, ceil(bk / 8)]
-  int64_t batch = 0, head = 0, width = 0, full_width = 0;  // widths are entries of a line
+  uint32_t batch = 0, head = 0, width = 0, full_width = 0;  // widths are of a line; lists have fewer than 2^32 numbers
   int32_t bq = 0, bk = 0, lines = 0;
 };
 

@@ -63,15 +63,15 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
                  values = keys + 2 * S::SLOT;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
-  const int index = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
-  const int64_t batch = index / a.mask.lines;
-  const int first = index % a.mask.lines * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
+  const int64_t batch = blockIdx.z;
+  const int line = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
+  const int first = line * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
   const int warp_row = warp % 2 * S::WARP_ROWS, warp_key = warp / 2 * S::WARP_KEYS;
   const int kv_head = head / (a.heads / a.kv_heads);
   const uint16_t *k = head_of(a.k, batch, kv_head), *v = head_of(a.v, batch, kv_head);
   const float c = a.scale * LOG2_E;
 
-  auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, index % a.mask.lines, a.k_len);
+  auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, line, a.k_len);
   const int steps = walk.steps();
   const auto load = [&](uint32_t to, const uint16_t* from, int64_t token, int dim, const Part& part) {
     Rows::template copy<S::KEYS>(to, from + part.first * token, token, part.count, dim);
@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const BlockSparseMask& mask = a.by_key;
   const int parts = (mask.bk + S::ROWS - 1) / S::ROWS;
-  const int index = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, kv_head = blockIdx.y, group = a.heads / a.kv_heads;
-  const int64_t batch = index / mask.lines;
-  const int first = index % mask.lines * mask.bk + start, rows = min(mask.bk - start, a.k_len - first);
+  const int64_t batch = blockIdx.z;
+  const int line = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, kv_head = blockIdx.y, group = a.heads / a.kv_heads;
+  const int first = line * mask.bk + start, rows = min(mask.bk - start, a.k_len - first);
   const int warp_row = warp / S::HALVES * 16, half = warp % S::HALVES * S::WIDTH * 2;  // in bytes
   const float c = a.scale * LOG2_E;
 
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const uint16_t *q = head_of(a.q, batch, head), *dout = head_of(a.dout, batch, head);
     const float* numbers = (threadIdx.x < S::QUERIES ? a.log2 : a.delta) + (batch * a.heads + head) * a.q_len;
-    auto walk = Walk<S::QUERIES>::queries(mask, batch, head, index % mask.lines, a.q_len);
+    auto walk = Walk<S::QUERIES>::queries(mask, batch, head, line, a.q_len);
     const int steps = walk.steps();
     // Starts bringing a tile of queries to the half of shared memory that `odd` says.
     const auto load = [&](const Part& part, int odd) {
@@ -282,12 +282,12 @@ int run(const BlockSparseBackwardArgs& a, void* stream) {
   int error = 0;
   if (a.dq) {
     const int parts = (a.mask.bq + Q::ROWS - 1) / Q::ROWS;
-    error = launch("block_sparse_attention_dq", backward_dq<Q>, dim3(a.batch * a.mask.lines * parts, a.heads), dim3(THREADS),
+    error = launch("block_sparse_attention_dq", backward_dq<Q>, dim3(a.mask.lines * parts, a.heads, a.batch), dim3(THREADS),
                    Q::SHARED, stream, a);
   }
   if (a.dk && !error) {
     const int parts = (a.mask.bk + KV::ROWS - 1) / KV::ROWS;
-    error = launch("block_sparse_attention_dkv", backward_dkv<KV>, dim3(a.batch * a.by_key.lines * parts, a.kv_heads),
+    error = launch("block_sparse_attention_dkv", backward_dkv<KV>, dim3(a.by_key.lines * parts, a.kv_heads, a.batch),
                    dim3(THREADS), KV::SHARED, stream, a);
   }
   return error;

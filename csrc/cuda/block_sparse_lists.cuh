@@ -21,18 +21,18 @@ template <int SIZE>
 class Walk {
  public:
   // Full blocks are full_columns[full ... full + fulls), partial ones columns and tiles[partial ... partial + partials).
-  HH_DEVICE Walk(const BlockSparseMask& mask, int64_t full, int fulls, int64_t partial, int partials, int block, int length)
+  HH_DEVICE Walk(const BlockSparseMask& mask, uint32_t full, int fulls, uint32_t partial, int partials, int block, int length)
       : mask_(mask), partial_(partial), at_(full), left_(fulls), partials_(partials), block_(block), length_(length) {
     fetch();
   }
   // Keys of query block `row`.
-  static HH_DEVICE Walk keys(const BlockSparseMask& m, int64_t batch, int64_t head, int64_t row, int length) {
-    const int64_t line = (batch * m.batch + head * m.head) * m.lines + row;
+  static HH_DEVICE Walk keys(const BlockSparseMask& m, uint32_t batch, uint32_t head, uint32_t row, int length) {
+    const uint32_t line = (batch * m.batch + head * m.head) * m.lines + row;
     return Walk(m, line * m.full_width, m.full_counts[line], line * m.width, m.counts[line], m.bk, length);
   }
   // Queries of key block `column`: a mask's lists by key block, of which counts and full_counts are offsets [lines + 1] of an entry.
-  static HH_DEVICE Walk queries(const BlockSparseMask& m, int64_t batch, int64_t head, int64_t column, int length) {
-    const int64_t entry = batch * m.batch + head * m.head, line = entry * (m.lines + 1) + column;
+  static HH_DEVICE Walk queries(const BlockSparseMask& m, uint32_t batch, uint32_t head, uint32_t column, int length) {
+    const uint32_t entry = batch * m.batch + head * m.head, line = entry * (m.lines + 1) + column;
     const int full = m.full_counts[line], partial = m.counts[line];
     return Walk(m, entry * m.full_width + full, m.full_counts[line + 1] - full, entry * m.width + partial,
                 m.counts[line + 1] - partial, m.bq, length);
@@ -64,8 +64,8 @@ class Walk {
   }
 
   const BlockSparseMask& mask_;
-  const int64_t partial_;
-  int64_t at_;
+  const uint32_t partial_;
+  uint32_t at_;
   int left_;  // full blocks, the one at hand included; then less than 1
   const int partials_, block_, length_;
   int start_ = 0, number_ = 0, tile_ = -1;

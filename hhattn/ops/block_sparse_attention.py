@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn.layout import Order, check_order
-from hhattn.masks.block_mask import BlockMask
-from hhattn.ops import _amp, _triton
+from hhattn.masks.block_mask import BlockMask, by_column
+from hhattn.ops import _amp, _cuda, _triton
 from hhattn.ops._second import no_second_derivative
 from hhattn.reference import block_sparse_attention as _reference
 from hhattn.reference.block_sparse_attention import Lists
@@ -22,6 +22,7 @@ from hhattn.reference.block_sparse_attention import Lists
 OP = "block_sparse_attention"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
+MAX_GRID = 65535  # blocks of a CUDA grid along its second and third dims
 
 
 def block_sparse_attention(
@@ -206,7 +207,7 @@ def _fake_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, 
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _fake_triton_backward(
+def _fake_gpu_backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_q, to_kv = (*rest[15:], True, True)[:2]  # what has its default isn't passed
@@ -220,6 +221,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*inputs[:9], *output, *inputs[11:])
 
 
+def _by_key(lists: Sequence[Tensor], nk: int) -> tuple[Tensor, ...]:
+    """A mask's lists by key block, as QLists has them, from its own."""
+    counts, indices, tiles, full_counts, full_indices = lists[:5]
+    full = by_column(full_counts, full_indices, nk, full_indices)
+    return *by_column(counts, indices, nk, tiles), *full[:2]
+
+
+def _misaligned(x: Tensor) -> bool:
+    """Whether rows of 16-bit x [B, S, H, D] don't all lie on edges of 16 bytes."""
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride(), strict=False) if size > 1]
+    return any(n % 8 for n in (x.storage_offset(), *strides))
+
+
 def _complete(name: str, namespace: str = "hhattn") -> None:
     """Fakes, unless there are any, and gradient of the operator ``namespace::name``, whose gradient is
     ``namespace::name_backward``."""
@@ -227,8 +241,12 @@ def _complete(name: str, namespace: str = "hhattn") -> None:
     def gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *lists, out, lse = ctx.saved_tensors[:11]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
-        wanted = ctx.needs_input_grad[:3]
-        how = (*ctx.saved_tensors[11:], wanted[0], any(wanted[1:])) if namespace == _triton.NAMESPACE else ()
+        wanted, columns = ctx.needs_input_grad[:3], ctx.saved_tensors[11:]
+        if namespace == _cuda.NAMESPACE:
+            dout = dout.contiguous() if _misaligned(dout) else dout
+            if columns[0] is None and any(wanted[1:]):
+                columns = _by_key(lists, -(-k.shape[1] // ctx.bk))
+        how = (*columns, wanted[0], any(wanted[1:])) if namespace != "hhattn" else ()
         backward = getattr(getattr(torch.ops, namespace), f"{name}_backward")
         found = backward(dout, dlse, q, k, v, out, lse, *lists, ctx.bk, ctx.scale, *how)
         return *(x if want else None for x, want in zip(found, wanted, strict=True)), *[None] * ctx.rest
@@ -248,17 +266,19 @@ _MASK_ARGS = (
 _COLUMNS = ", ".join(
     f"Tensor? {name}=None" for name in ("offsets", "indices", "places", "full_offsets", "full_indices")
 )
-_triton.define(OP, OP, f"(Tensor q, Tensor k, Tensor v, {_MASK_ARGS}, {_COLUMNS}) -> (Tensor, Tensor)", _fake_forward)
-_triton.define(
-    OP,
-    f"{OP}_backward",
+_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_MASK_ARGS}, {_COLUMNS}) -> (Tensor, Tensor)"
+_SCHEMA_BACKWARD = (
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK_ARGS}, {_COLUMNS}, bool to_q=True, bool to_kv=True) -> (Tensor, Tensor, Tensor)",
-    _fake_triton_backward,
+    f"{_MASK_ARGS}, {_COLUMNS}, bool to_q=True, bool to_kv=True) -> (Tensor, Tensor, Tensor)"
 )
+_triton.define(OP, OP, _SCHEMA, _fake_forward)
+_triton.define(OP, f"{OP}_backward", _SCHEMA_BACKWARD, _fake_gpu_backward)
+_cuda.define(OP, _SCHEMA, _fake_forward)
+_cuda.define(f"{OP}_backward", _SCHEMA_BACKWARD, _fake_gpu_backward)
 
 _complete("block_sparse_attention_reference")
 _complete(OP, _triton.NAMESPACE)
+_complete(OP, _cuda.NAMESPACE)
 if _ext.why_missing() is None:
     _complete(OP)
 
@@ -301,11 +321,29 @@ def triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
     return _not_taken("triton", q, *rest)
 
 
+def cuda_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
+    """Why the CUDA kernels can't run on q, k, v; None if they can."""
+    if (reason := _cuda.why_not(q)) or q is None:
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {str(q.dtype).removeprefix('torch.')}; cuda takes float16 and bfloat16"
+    if q.shape[0] > MAX_GRID or q.shape[2] > MAX_GRID:
+        return f"q has batch {q.shape[0]} and {q.shape[2]} heads; cuda takes up to {MAX_GRID} of each"
+    for name, x in zip("qkv", (q, *rest), strict=False):
+        if x.shape[3] % 8:
+            return f"{name} has a head dim of {x.shape[3]}; cuda takes multiples of 8"
+        if x.stride(3) == 1 and _misaligned(x):
+            return f"rows of {name} don't all lie on edges of 16 bytes (strides {x.stride()})"
+    return _not_taken("cuda", q, *rest)
+
+
 def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """``namespace``'s operator."""
+    if namespace == _cuda.NAMESPACE and scale <= 0:  # its kernels take the largest product for the largest score
+        q, scale = q * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
     columns: tuple[Tensor, ...] = ()
     trained = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-    if namespace == _triton.NAMESPACE and trained and not torch.compiler.is_compiling():
+    if namespace != "hhattn" and trained and not torch.compiler.is_compiling():
         columns = mask.q_lists()  # sorted once a mask; where it is traced, by the gradient itself
     operator = getattr(torch.ops, namespace).block_sparse_attention
     return operator(q, k, v, *lists_of(mask), mask.block_size[1], scale, *columns)
@@ -313,3 +351,4 @@ def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale:
 
 _dispatch.register(OP, "cpp", cpp_can_run)(partial(run, "hhattn"))
 _dispatch.register(OP, "triton", triton_can_run)(partial(run, _triton.NAMESPACE))
+_dispatch.register(OP, "cuda", cuda_can_run)(partial(run, _cuda.NAMESPACE))
