@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+import torch
 from torch import Tensor, nn
 
+from hhattn.nn._diffusers import attention_settings, share_projections
 from hhattn.ops.qk_norm_rope import qk_norm_rope
 
 QK_NORMS = ("rms_across_heads", "rms", None)
+Layer = TypeVar("Layer", bound="AttentionProjections")
 
 
 class AttentionProjections(nn.Module):
@@ -45,6 +50,27 @@ class AttentionProjections(nn.Module):
         across = qk_norm == "rms_across_heads"
         self.norm_q = None if qk_norm is None else nn.RMSNorm(inner if across else self.head_dim, eps=norm_eps)
         self.norm_k = None if qk_norm is None else nn.RMSNorm(kv_inner if across else self.head_dim, eps=norm_eps)
+
+    @classmethod
+    def from_diffusers(cls: type[Layer], attention: Any, **settings: Any) -> Layer:
+        """This layer on the projections and norms of a self-attention layer of diffusers (Wan, SANA-Video, LTX, ...).
+
+        They are **shared**, not copied: training either trains both, adapters on them take part, no memory is taken.
+        What diffusers' layer doesn't have (``proj_l``, ``to_gate``) is zeros, of its dtype and device. What is computed
+        is this class's: :class:`BlockLinearAttention` gives SANA-Video's result, :class:`BlockSparseAttention` under a
+        mask of every pair that of softmax attention. ``settings`` are other arguments of the class. ``rope`` is then
+        diffusers' (cos, sin) as [S, D] (``cos[0, :, 0]`` of Wan's), or :func:`hhattn.rope_3d`'s.
+
+        Raises ValueError for layers that do more: a second stream, cross-attention, gates, layer norms of q and k,
+        rotated halves, dropout.
+        """
+        known = attention_settings(attention)
+        if both := known.keys() & settings.keys():
+            raise ValueError(f"settings has {sorted(both)[0]}, which is the attention layer's; leave it out")
+        with torch.device("meta"):
+            layer = cls(**known, **settings)
+        share_projections(layer, attention)
+        return layer
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, S, H·D] -> [B, S, H, D]"""

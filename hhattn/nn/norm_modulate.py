@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from hhattn.nn._diffusers import norm_kind
 from hhattn.ops.norm_modulate import norm_modulate
 
 
@@ -22,6 +25,18 @@ class NormModulate(nn.Module):
         self.norm, self.eps = norm, eps
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if elementwise_affine and norm == "layer" else None
+
+    @classmethod
+    def from_diffusers(cls, norm: Any) -> NormModulate:
+        """The norm of a block of diffusers: a LayerNorm, FP32LayerNorm or RMSNorm, over one dim. Its weight and bias
+        are **shared**, not copied. Raises ValueError for others."""
+        kind, eps = norm_kind(norm)
+        size = tuple(norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim)
+        if len(size) != 1:
+            raise ValueError(f"norm is over {size}; accepted: one dim")
+        module = cls(size[0], norm=kind, eps=eps)
+        module.weight, module.bias = norm.weight, getattr(norm, "bias", None)
+        return module
 
     def forward(
         self,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from hhattn.nn._diffusers import rope_settings
 from hhattn.ops.rope_3d import rope_3d
 
 
@@ -22,6 +25,12 @@ class Rope3D(nn.Module):
         super().__init__()
         rope_3d((0, 0, 0), head_dim, theta=theta, axes_dims=axes_dims, rotate=rotate)  # refuses what it can't take
         self.head_dim, self.theta, self.axes_dims, self.rotate = head_dim, theta, axes_dims, rotate
+
+    @classmethod
+    def from_diffusers(cls, rope: Any) -> Rope3D:
+        """The tables of Wan's, SANA-Video's or HunyuanVideo's rotary embedding, without a longest clip: called with a
+        grid of tokens, it gives as [S, D] what that gives. There are no weights to share. ValueError for others."""
+        return cls(**rope_settings(rope))
 
     def forward(
         self,
