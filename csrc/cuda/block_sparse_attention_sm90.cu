@@ -156,9 +156,14 @@ HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place
     give_back(at.k_free(turn.stage));
     if (part.tile >= 0) bits.apply(s, lane);
     const bool moved = softmax.next(s, c, keep);
-    ptx::wgmma_wait<0>(o);
+    ptx::pin(s);
+    if (moved) {  // a wait in each branch: over one that stands in line with softmax the assembler would move all of softmax
+      ptx::wgmma_wait<0>(o);
+      scale_rows(o, keep);
+    } else {
+      ptx::wgmma_wait<0>(o);
+    }
     give_back(at.v_free(before.stage));
-    if (moved) scale_rows(o, keep);
     pack<T>(p, s);
   }
   ptx::mbarrier_wait(at.v_full(before.stage), before.parity);

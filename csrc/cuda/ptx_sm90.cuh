@@ -130,17 +130,25 @@ HH_DEVICE void wgmma_commit(HH_SITE_ONLY) {
   simt::wgmma_commit(site);
 #endif
 }
-// Until at most N groups are in flight; d are the sums that are there then, which the compiler may not touch before.
+// For the compiler, which else moves arithmetic past waits: x is computed before what follows, and used after what went before.
+template <int COUNT>
+HH_DEVICE void pin(float (&x)[COUNT]) {
+#ifdef __CUDACC__
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(x[i])::"memory");
+#else
+  (void)x;
+#endif
+}
+// Until at most N groups are in flight; d are the sums that are there then.
 template <int N, int COUNT>
 HH_DEVICE void wgmma_wait(float (&d)[COUNT] HH_SITE) {
 #ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 #else
-  (void)d;
   simt::wgmma_wait(N, site);
 #endif
+  pin(d);
 }
 
 // Where a matrix of lines of 128 bytes lies in shared memory: TMA's swizzle of 128 bytes, the tile aligned to 1024 bytes, its lines
