@@ -1,12 +1,11 @@
-"""The Hopper kernel of block_sparse_attention on the emulator, called through its launcher: wgmma and TMA with nothing
-reported, the same bits under every schedule, within the accuracy rule."""
+"""The Hopper kernel of block_sparse_attention: wgmma and TMA on the emulator, with nothing reported, the same bits
+under every schedule and within the accuracy rule; and nvcc's code, in which softmax runs beside matrix products."""
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import shutil
-from ctypes import c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import pytest
@@ -14,72 +13,24 @@ import torch
 from helpers import assert_close_to_fp64, randn, strided
 from test_block_sparse_attention import dense_formula, random_keep
 from torch import Tensor
+from torch.testing import assert_close
 
-from hhattn import BlockMask
+import hhattn
+from hhattn import BlockMask, simt
 
-pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the emulator is built with g++")
+emulated = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the emulator is built with g++")
 SEEDS = (0, 1)
-LISTS = ("kv_num_blocks", "kv_indices", "kv_tiles", "full_kv_num_blocks", "full_kv_indices", "tiles")
-DTYPES = {torch.float16: 1, torch.bfloat16: 2}
+HOPPER = "block_sparse_attention_sm90"
+DTYPES = (torch.float16, torch.bfloat16)
 
 
-class Heads(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("dtype", c_int32), *((n, c_int64) for n in ("batch", "token", "head")))
-
-
-class Mask(ctypes.Structure):
-    _fields_ = (
-        *((n, c_void_p) for n in LISTS),
-        *((n, c_int64) for n in ("batch", "head", "width", "full_width")),
-        *((n, c_int32) for n in ("bq", "bk", "lines")),
-    )
-
-
-class Arguments(ctypes.Structure):
-    """hh::BlockSparseArgs."""
-
-    _fields_ = (
-        *((n, Heads) for n in "qkv"),
-        ("mask", Mask),
-        *((n, c_void_p) for n in ("out", "lse")),
-        *((n, c_int32) for n in ("batch", "q_len", "k_len", "heads", "kv_heads", "dim", "v_dim")),
-        ("scale", c_float),
-    )
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Any:
-    from hhattn.simt.runtime import CUDA, build_cu
-
-    return build_cu(CUDA / "block_sparse_attention_sm90.cu").hh_cuda_block_sparse_attention_sm90
-
-
-def attend(launcher: Any, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, seed: int = 0) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, seed: int = 0, kernel: str = HOPPER) -> tuple[Any, ...]:
     """out and lse; whatever is reported fails the test."""
-    from hhattn.simt.runtime import READ_ONLY, WRITE_FIRST, runtime
-
-    (b, sq, h, d), (_, sk, h_kv, dv) = q.shape, v.shape
-    out, lse = torch.empty(b, sq, h, dv, dtype=q.dtype), torch.empty(b, h, sq)
-    emulator = runtime()
-    emulator.reset()
-    emulator.options(seed=seed)
-    lists = {name: getattr(mask, name) for name in LISTS}
-    for name, t in {"q": q, "k": k, "v": v, **lists}.items():
-        emulator.register(t, name, READ_ONLY)
-    emulator.register(out, "out", WRITE_FIRST)
-    emulator.register(lse, "lse", WRITE_FIRST)
-    masks, heads, lines, width = mask.kv_indices.shape
-    steps = heads if masks > 1 else 0, int(heads > 1), width, mask.full_kv_indices.shape[3]
-    args = Arguments(
-        *(Heads(x.data_ptr(), DTYPES[x.dtype], *x.stride()[:3]) for x in (q, k, v)),
-        Mask(*(t.data_ptr() for t in lists.values()), *steps, *mask.block_size, lines),
-        out.data_ptr(), lse.data_ptr(), b, sq, sk, h, h_kv, d, dv, d**-0.5,
-    )  # fmt: skip
-    assert launcher(ctypes.byref(args), None) == 0
-    reports = emulator.reports()
-    emulator.reset()
-    assert not reports, "\n".join(map(str, reports))
-    return out, lse
+    with simt.emulate(90, seed) as session:
+        result = hhattn.block_sparse_attention(q, k, v, mask, return_lse=True, impl="cuda")
+    assert set(session.launches) == {kernel}
+    assert not session.reports, "\n".join(map(str, session.reports))
+    return tuple(result)
 
 
 # block size, tokens of q and k, heads, key heads, dims of q and v: one tile and several of a block, keys cut by the
@@ -95,10 +46,11 @@ CASES = {
 }
 
 
+@emulated
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_numbers(launcher: Any, case: str, dtype: torch.dtype) -> None:
+def test_numbers(case: str, dtype: torch.dtype) -> None:
     """Full and partial blocks, masks of each batch entry and head, rows that attend nothing, keys that serve two heads,
     strided inputs; scores that grow along the keys, so that sums are scaled anew."""
     (bq, bk), (sq, sk), (h, h_kv), (d, dv) = CASES[case]
@@ -113,7 +65,7 @@ def test_numbers(launcher: Any, case: str, dtype: torch.dtype) -> None:
     )
     k *= torch.linspace(0.2, 3, sk)[:, None, None].to(dtype)
     mask = BlockMask.from_dense(keep, block_size=(bq, bk))
-    first, *others = (attend(launcher, q, k, v, mask, seed) for seed in SEEDS)
+    first, *others = (attend(q, k, v, mask, seed) for seed in SEEDS)
     for other in others:
         assert all(map(torch.equal, first, other)), "seeds differ"
     expected = dense_formula(q.double(), k.double(), v.double(), keep)
@@ -122,24 +74,66 @@ def test_numbers(launcher: Any, case: str, dtype: torch.dtype) -> None:
         assert_close_to_fp64(*values, name=name)
 
 
+@emulated
 @pytest.mark.parametrize("shape", [(64, 64, 64), (128, 128, 112), (128, 64, 256)], ids=str)
-def test_what_is_masked_does_not_matter(launcher: Any, shape: tuple[int, int, int]) -> None:
+def test_what_is_masked_does_not_matter(shape: tuple[int, int, int]) -> None:
     """Infinities and NaNs in keys and values that nobody attends, or some do."""
     bq, bk, d = shape
     keep = random_keep(1, 1, 100, 200, share=0.6)
     keep[..., [7, 60, 150]] = False
     q, k, v = (randn(1, n, 1, d, dtype=torch.bfloat16, seed=i) for i, n in enumerate((100, 200, 200)))
     mask = BlockMask.from_dense(keep, block_size=(bq, bk))
-    clean, lse = attend(launcher, q, k, v, mask)
+    clean, lse = attend(q, k, v, mask)
     k[:, 7], v[:, 7] = torch.inf, torch.inf
     k[:, 60], v[:, 60, :, 3] = torch.nan, -torch.inf
     v[:, 150] = torch.nan
-    out, same_lse = attend(launcher, q, k, v, mask)
+    out, same_lse = attend(q, k, v, mask)
     assert torch.equal(lse, same_lse)
-    torch.testing.assert_close(out, clean, rtol=2**-7, atol=2**-7)
+    assert_close(out, clean, rtol=2**-7, atol=2**-7)
     v[:, 20, :, 5] = torch.inf  # attended by some
-    out, _ = attend(launcher, q, k, v, mask)
+    out, _ = attend(q, k, v, mask)
     reached = keep[0, 0, :, 20]
     assert (out[0, reached, 0, 5] == torch.inf).all()
     assert out[0, ~reached].isfinite().all()
     assert out[..., 6].isfinite().all()
+
+
+@emulated
+def test_what_tma_cannot_bring_goes_to_the_other_kernel() -> None:
+    """Blocks that aren't whole 64 tokens; keys that all heads share by a stride of 0."""
+    q, k, v = (randn(1, n, 2, 64, dtype=torch.float16, seed=i) for i, n in enumerate((40, 60, 60)))
+    keep = random_keep(1, 1, 40, 60, share=0.6)
+    expected = dense_formula(q.double(), k.double(), v.double(), keep)[0]
+    odd, whole = (BlockMask.from_dense(keep, block_size=(bq, 64)) for bq in (32, 64))
+    assert_close(attend(q, k, v, odd, kernel="block_sparse_attention")[0].double(), expected, rtol=0, atol=4e-3)
+    shared = k[:, :, :1].expand(-1, -1, 2, -1)
+    one, other = attend(q, shared, v, whole, kernel="block_sparse_attention"), attend(q, shared.contiguous(), v, whole)
+    assert_close(one[0], other[0], rtol=0, atol=4e-3)
+    assert_close(one[1], other[1])
+
+
+def test_softmax_runs_beside_the_product_with_v() -> None:
+    """In the loop's machine code all weights are made between the wait for scores and the wait for the product with V
+    that was issued before; products follow one another with no wait between; registers change hands."""
+    pytest.importorskip("triton")  # for its cuobjdump
+    import cuda_code
+    import sass
+
+    if cuda_code.nvcc() is None:
+        pytest.skip("no nvcc here")
+    code = cuda_code.compiled(cuda_code.CUDA / f"{HOPPER}.cu", "90a")
+    assert len(code.kernels) == 22
+    for kernel in code.kernels:
+        _, head, keys, _groups = re.split(r"[<>,]+", kernel.name)[1:5]
+        (loop,) = sass.hot_loops(kernel.instructions)
+        body = [f"{i.opcode} {i.operands}" for i in (kernel.instructions[j] for j in sorted(loop.body))]
+        products = [i for i, text in enumerate(body) if text.startswith("HGMMA")]
+        waits = {n: [i for i, text in enumerate(body) if text == f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}"] for n in (0, 1)}
+        weights = [i for i, text in enumerate(body) if text.startswith("MUFU.EX2")]
+        assert len(products) == int(head) // 16 + int(keys) // 16, kernel.name
+        assert len(waits[1]) == 1, kernel.name
+        assert len(waits[0]) == 2, kernel.name
+        assert products[-1] < waits[1][0] < waits[0][0], kernel.name
+        inside = [i for i in weights if waits[1][0] < i < waits[0][0]]
+        assert len(inside) == len(weights) >= int(keys) // 2, kernel.name
+        assert kernel.count("USETMAXREG") == 2, kernel.name

@@ -1,5 +1,5 @@
 // Bindings of block_sparse_attention.
-#include "../block_sparse_attention.h"
+#include "../block_sparse_attention_sm90.h"
 
 #include <limits>
 
@@ -91,7 +91,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   if (out.numel() == 0) return {out, lse};
   a.out = call.write(out, "out");
   a.lse = static_cast<float*>(call.write(lse, "lse"));
-  HH_CALL(call, hh_cuda_block_sparse_attention, a);
+  if (call.arch() == 90 && takes_sm90(a))
+    HH_CALL(call, hh_cuda_block_sparse_attention_sm90, a);
+  else
+    HH_CALL(call, hh_cuda_block_sparse_attention, a);
   return {out, lse};
 }
 
