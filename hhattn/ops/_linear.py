@@ -1,5 +1,5 @@
 """The operators of block_linear_attention, the chunks' sums and the tokens' outputs: fakes and gradients, alike for the
-native ones and those on Triton's kernels."""
+native ones and those on Triton's and CUDA kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hhattn import _ext
-from hhattn.ops import _triton
+from hhattn.ops import _cuda, _triton
 from hhattn.ops._second import no_second_derivative
 
 OP = "block_linear_attention"
@@ -81,9 +81,10 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 for _name, (_fake, _schema) in _OPERATORS.items():
     _triton.define(f"{OP}_backward" if "backward" in _name else OP, f"block_linear_{_name}", _schema, _fake)
+    _cuda.define(f"block_linear_{_name}", _schema, _fake)
     if _ext.why_missing() is None:
         torch.library.register_fake(f"hhattn::block_linear_{_name}", _fake)
-for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :]:
+for _namespace in ("hhattn", _triton.NAMESPACE, _cuda.NAMESPACE)[_ext.why_missing() is not None :]:
     for _name, _rule, _save in (("sums", _sums_gradients, _save_sums), ("outputs", _outputs_gradients, _save_outputs)):
         _gradient = partial(_rule, _namespace)
         torch.library.register_autograd(f"{_namespace}::block_linear_{_name}", _gradient, setup_context=_save)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn._scan import prefix, share
-from hhattn.ops import _amp, _check, _linear, _triton
+from hhattn.ops import _amp, _check, _cuda, _linear, _triton
 from hhattn.reference import block_linear_attention as _reference
 
 OP = _linear.OP
@@ -19,6 +19,7 @@ FEATURE_MAPS = tuple(_reference.FEATURE_MAPS)
 # float64 too, so that gradients can be checked against finite differences
 _DTYPES = (*_check.DTYPES, torch.float64)
 MAX_HEAD_DIM = 256
+CUDA_HEAD_DIM = 128  # the most that a CUDA kernel's block of threads holds a state of
 
 
 class LinearAttentionState(NamedTuple):
@@ -211,7 +212,7 @@ def block_linear_attention(
         initial_state: what earlier calls left, a :class:`LinearAttentionState` or (kv [B, H, D, Dv], k_sum [B, H, D]).
             Calls on consecutive whole chunks, the state handed on, give what one call on all of them gives.
         output_final_state: also return the state after the last chunk.
-        impl: "reference", "cpp", "triton"; None chooses.
+        impl: "reference", "cpp", "triton", "cuda"; None chooses.
 
     Gates, decays and states of H_kv heads are accepted too; a returned state has q's H heads.
 
@@ -285,6 +286,17 @@ def _triton_can_run(
     return _refused("triton", q, k, v, how["rope"])
 
 
+def _cuda_can_run(q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None, **how: Any) -> str | None:
+    if (reason := _cuda.why_not(q)) or q is None or k is None or v is None:
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {str(q.dtype).removeprefix('torch.')}; cuda takes float16 and bfloat16"
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[3] > CUDA_HEAD_DIM:
+            return f"{name} has a head dim of {x.shape[3]}; cuda takes up to {CUDA_HEAD_DIM}"
+    return _refused("cuda", q, k, v, how["rope"])
+
+
 def _run(
     namespace: str,
     q: Tensor,
@@ -306,10 +318,10 @@ def _run(
     ops = getattr(torch.ops, namespace)
     maps = FEATURE_MAPS.index(feature_map), FEATURE_MAPS.index(numerator_map)
     chunks = _lengths(chunk_lens, q.shape[1])
-    # a row for every token, halves or floats, contiguous: float64 and strides are rare and tables small; on a GPU a
-    # table is read once a head, so a number that stands twice is read once
-    step = 2 if namespace == _triton.NAMESPACE else 1
-    cos, sin = (None, None) if rope is None else (x[:, ::step].contiguous().to(_table_dtype(x)) for x in rope)
+    # a row for every token, contiguous: float64 and strides are rare and tables small; on a GPU a table is read once a
+    # head, so a number that stands twice is read once
+    step = 1 if namespace == "hhattn" else 2
+    cos, sin = (None, None) if rope is None else (x[:, ::step].contiguous().to(_table_dtype(x, namespace)) for x in rope)
     gate = None if key_gate is None else key_gate.float().contiguous()
     kv, k_sum = ops.block_linear_sums(k, v, gate, cos, sin, *chunks, *maps)
     kv_0, k_sum_0 = (None, None) if initial_state is None else initial_state
@@ -323,6 +335,7 @@ def _run(
 
 _dispatch.register(OP, "cpp", _cpp_can_run)(partial(_run, "hhattn"))
 _dispatch.register(OP, "triton", _triton_can_run)(partial(_run, _triton.NAMESPACE))
+_dispatch.register(OP, "cuda", _cuda_can_run)(partial(_run, _cuda.NAMESPACE))
 
 
 def _lengths(chunk_lens: int | Sequence[int] | None, tokens: int) -> tuple[int, list[int]]:
@@ -332,5 +345,6 @@ def _lengths(chunk_lens: int | Sequence[int] | None, tokens: int) -> tuple[int, 
     return (chunk_lens, []) if isinstance(chunk_lens, int) else (1, list(chunk_lens))
 
 
-def _table_dtype(table: Tensor) -> torch.dtype:
-    return torch.float32 if table.dtype == torch.float64 else table.dtype
+def _table_dtype(table: Tensor, namespace: str) -> torch.dtype:
+    """Halves or floats; CUDA kernels take floats."""
+    return torch.float32 if table.dtype == torch.float64 or namespace == _cuda.NAMESPACE else table.dtype
