@@ -42,7 +42,7 @@ struct LinearFoldArgs {                              // the pieces of each chunk
 
 struct LinearOutputsArgs {
   LinearRows rows;
-  const float *kv, *k_sum;                           // [B, H, places, D, Dv], [B, H, places, D]; k_sum null: not divided
+  const float *kv, *k_sum = nullptr;                 // [B, H, places, D, Dv], [B, H, places, D]; k_sum null: not divided
   int64_t places, place;                             // a place for each chunk, from `place` on
   Out out;                                           // [B, S, H, Dv] contiguous
   float eps = 0;
@@ -51,12 +51,11 @@ struct LinearOutputsArgs {
 struct LinearGradientsArgs {
   LinearRows rows;                                   // gate: of the sums
   Heads y;                                           // v, or the gradient of out
-  In out;                                            // what the outputs were, contiguous, or none: then the gradient is the sums'
-  const float *kv, *k_sum;                           // as above: gradients of the sums, or what the outputs saw
+  const float *kv, *k_sum = nullptr;                 // as above: gradients of the sums, or what the outputs saw
   int64_t places, place;
   Out dx;                                            // [B, S, H, D] contiguous
   float *dgate = nullptr;                            // [B, S, H] of the gate's gradient, or null
-  float *factor = nullptr, *weight = nullptr;        // [B, S, H], with `out`: 1/den and -(y·out)/den, what the sums' gradients take
+  float *factor = nullptr, *weight = nullptr;        // [B, S, H] of divided outputs: 1/den and -(y·out)/den, for the sums; or null
   float eps = 0;
 };
 

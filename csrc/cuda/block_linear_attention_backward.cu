@@ -3,8 +3,9 @@
 //
 // With u = y / den and e = -(y·out) / den, den = φ(x)ᵀ K + eps, of the outputs, and u = gate · y, e = 1 of the sums:
 //
-//   dx = ∂ψ(x)ᵀ R⁻¹ KV u + ∂φ(x)ᵀ K e          dgate = (R ψ(x))ᵀ KV y
+//   dx = ∂ψ(x)ᵀ R⁻¹ KV u + ∂φ(x)ᵀ K e          dgate = (R ψ(x))ᵀ KV y = den (y·out)
 //
+// so `out`, which was rounded, isn't read.
 // KV y is a product as the outputs' is, with the state transposed; its columns are x's channels, in the order in which a lane holds
 // them, so all that follows happens in a lane's registers and sums over a quad.
 #include "linear_state.cuh"
@@ -29,29 +30,13 @@ struct Gradients {
     const T* from = static_cast<const T*>(r.x.in.data) + p.b * r.x.batch + p.h * r.x.head;
     x.template load<KIND>(from, r.x.token, token, p.end, t, r.dim);
     const T* y = static_cast<const T*>(a.y.in.data) + p.b * a.y.batch + p.h * a.y.head;
-    const T* out = static_cast<const T*>(a.out.data) + (p.b * r.tokens * r.heads + p.h) * r.v_dim;
-    float sums[D / 8][4] = {}, dot[2] = {};
+    float sums[D / 8][4] = {};
     for (int v = 0; v < r.v_dim; v += D) {
       Two<D> rows;
       rows.template load<KIND>(y + v, a.y.token, token, p.end, t, r.v_dim - v);
-      if (a.out.data) {
-        Two<D> outs;
-        outs.template load<KIND>(out + v, r.heads * r.v_dim, token, p.end, t, r.v_dim - v);
-        add_dot(dot, rows, outs);
-      }
       multiply(sums, rows, state + v / D * (Kv::SHARED / 16));
     }
-    finish(x, sums, dot, token);
-  }
-
-  HH_DEVICE void add_dot(float (&dot)[2], const Two<D>& a, const Two<D>& b) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        const float2 x = ptx::unpack<T>(a.row[i].words[j]), y = ptx::unpack<T>(b.row[i].words[j]);
-        dot[i] += x.x * y.x + x.y * y.y;
-      }
+    finish(x, sums, token);
   }
 
   HH_DEVICE void multiply(float (&sums)[D / 8][4], const Two<D>& rows, const uint4* state) const {
@@ -90,7 +75,7 @@ struct Gradients {
     }
   }
 
-  HH_DEVICE void finish(const Two<D>& x, const float (&sums)[D / 8][4], const float (&dot)[2], int64_t token) const {
+  HH_DEVICE void finish(const Two<D>& x, const float (&sums)[D / 8][4], int64_t token) const {
     const LinearRows& r = a.rows;
     Soft soft[2];
     if (maps.softmax()) x.template soften<T>(soft, t, r.dim);
@@ -99,23 +84,25 @@ struct Gradients {
       const int64_t at = min(token + 8 * i, p.end - 1), place = (p.b * r.tokens + at) * r.heads + p.h;
       const bool there = token + 8 * i < p.end;
       float factor = 1, e = 1;
-      if (a.out.data) {
-        float den = 0;
-        for_pairs(x, sums, i, at, [&](int, int, float2 x, float2, float, float, float2 key) {
-          den += mapped(x.x, maps.phi(), soft[i]) * key.x + mapped(x.y, maps.phi(), soft[i]) * key.y;
+      if (a.factor || a.dgate) {
+        float den = 0, inner = 0;  // φ(x)ᵀ K, (R ψ(x))ᵀ KV y
+        for_pairs(x, sums, i, at, [&](int, int, float2 x, float2 product, float cos, float sin, float2 key) {
+          const float2 psi = {mapped(x.x, maps.psi(), soft[i]), mapped(x.y, maps.psi(), soft[i])}, turned = rotated(psi, cos, sin);
+          inner += turned.x * product.x + turned.y * product.y;
+          if (maps.phi() == maps.psi())
+            den += psi.x * key.x + psi.y * key.y;
+          else
+            den += mapped(x.x, maps.phi(), soft[i]) * key.x + mapped(x.y, maps.phi(), soft[i]) * key.y;
         });
-        const Quotient by(ptx::quad_sum(den) + a.eps);
-        factor = by.of(1.0f), e = -by.of(ptx::quad_sum(dot[i]));
-        if (there && t == 0) a.factor[place] = factor, a.weight[place] = e;
-      } else if (a.dgate) {
-        float dgate = 0;
-        for_pairs(x, sums, i, at, [&](int, int, float2 x, float2 product, float cos, float sin, float2) {
-          const float2 psi = rotated({mapped(x.x, maps.psi(), soft[i]), mapped(x.y, maps.psi(), soft[i])}, cos, sin);
-          dgate += psi.x * product.x + psi.y * product.y;
-        });
-        dgate = ptx::quad_sum(dgate);
-        factor = r.gate[place];
-        if (there && t == 0) a.dgate[place] = dgate;
+        inner = ptx::quad_sum(inner), den = ptx::quad_sum(den);
+        if (a.factor) {
+          const Quotient by(den + a.eps);
+          factor = by.of(1.0f), e = -by.of(by.of(inner));
+          if (there && t == 0) a.factor[place] = factor, a.weight[place] = e;
+        } else {
+          factor = r.gate[place];
+          if (there && t == 0) a.dgate[place] = inner;
+        }
       }
       float to_phi = 0, to_psi = 0;  // softmax's sums
       if (maps.softmax()) {

@@ -321,7 +321,8 @@ def _run(
     # a row for every token, contiguous: float64 and strides are rare and tables small; on a GPU a table is read once a
     # head, so a number that stands twice is read once
     step = 1 if namespace == "hhattn" else 2
-    cos, sin = (None, None) if rope is None else (x[:, ::step].contiguous().to(_table_dtype(x, namespace)) for x in rope)
+    wide = namespace == _cuda.NAMESPACE  # its kernels take floats only
+    cos, sin = (None, None) if rope is None else (x[:, ::step].contiguous().to(_table_dtype(x, wide)) for x in rope)
     gate = None if key_gate is None else key_gate.float().contiguous()
     kv, k_sum = ops.block_linear_sums(k, v, gate, cos, sin, *chunks, *maps)
     kv_0, k_sum_0 = (None, None) if initial_state is None else initial_state
@@ -345,6 +346,5 @@ def _lengths(chunk_lens: int | Sequence[int] | None, tokens: int) -> tuple[int, 
     return (chunk_lens, []) if isinstance(chunk_lens, int) else (1, list(chunk_lens))
 
 
-def _table_dtype(table: Tensor, namespace: str) -> torch.dtype:
-    """Halves or floats; CUDA kernels take floats."""
-    return torch.float32 if table.dtype == torch.float64 or namespace == _cuda.NAMESPACE else table.dtype
+def _table_dtype(table: Tensor, wide: bool) -> torch.dtype:
+    return torch.float32 if wide or table.dtype == torch.float64 else table.dtype

@@ -193,7 +193,7 @@ Tensor outputs(const Tensor& q, const Tensor& kv, const Tensor& k_sum, const Opt
 }
 
 std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& k_sum,
-                                                    const Tensor& out, const OptTensor& cos, const OptTensor& sin, int64_t length,
+                                                    const Tensor&, const OptTensor& cos, const OptTensor& sin, int64_t length,
                                                     const std::vector<int64_t>& listed, int64_t phi, int64_t psi, bool normalize,
                                                     double eps) {
   Call call(q);
@@ -205,11 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Te
   a.kv = state.kv;
   Tensor factor = torch::stable::new_empty(q, {0}), weight = torch::stable::new_empty(q, {0});
   if (normalize) {
-    check_sizes(out, {a.rows.batch, a.rows.tokens, a.rows.heads, a.rows.v_dim}, "out");
-    STD_TORCH_CHECK(out.is_contiguous() && out.scalar_type() == q.scalar_type(), "out must be contiguous, in q's dtype");
     a.k_sum = state.k_sum;
     a.eps = static_cast<float>(eps);
-    a.out = call.input(out, "out");
     for (Tensor* t : {&factor, &weight})
       *t = call.empty(q, {a.rows.batch, a.rows.tokens, a.rows.heads}, ScalarType::Float);
     a.factor = new_floats(call, factor, "factor"), a.weight = new_floats(call, weight, "weight");
