@@ -71,9 +71,7 @@ def test_keys_as_they_come_are_exact(impl: str, dtype: torch.dtype) -> None:
 def test_equal_lengths_need_no_list(impl: str) -> None:
     """A list of equal chunks is what their length is, to the bit; and a list of other chunks has other sums."""
     q, k, v = (x.float() for x in inputs(1, 50, 1, 1, 8, 8))
-    results = [
-        block_linear_attention(q, k, v, chunk_lens=lens, impl=impl) for lens in (20, [20, 20, 10], [20, 10, 20])
-    ]
+    results = [block_linear_attention(q, k, v, chunk_lens=lens, impl=impl) for lens in (20, [20, 20, 10], [20, 10, 20])]
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
