@@ -37,6 +37,14 @@ FAMILIES = {
     "WanVACETransformer3DModel": "hhattn.integrations.diffusers.wan",
 }
 
+WRAPPED = "_old_forward"  # where accelerate keeps the forward that its hooks call
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs its class's forward, be it inside accelerate's hooks."""
+    now = module.__dict__.get(WRAPPED, module.__dict__.get("forward"))
+    return now is None or (getattr(now, "__func__", None) is type(module).forward and now.__self__ is module)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -85,18 +93,21 @@ class Swap:
         self._undo.append(restore)
 
     def set_forward(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Give this module, not its class, another ``forward(self, ...)``, to be taken back by :meth:`undo`."""
-        ours, before = MethodType(forward, module), module.__dict__.get("forward")
+        """Give this module, not its class, another ``forward(self, ...)``, to be taken back by :meth:`undo`. Where
+        accelerate's hooks wrap the forward, before or after this, it is the one inside."""
+        place = WRAPPED if WRAPPED in module.__dict__ else "forward"
+        ours, before = MethodType(forward, module), module.__dict__.get(place)
 
         def restore() -> None:
-            if module.__dict__.get("forward") is ours:
-                del module.__dict__["forward"]
-                if before is not None:
-                    module.__dict__["forward"] = before
-            else:
+            now = next((name for name in (WRAPPED, "forward") if module.__dict__.get(name) is ours), None)
+            if now is None:
                 log.warning("hhattn.swap: %s was given another forward since; left as it is", path)
+            elif now == "forward" and before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__[now] = before or MethodType(type(module).forward, module)
 
-        module.__dict__["forward"] = ours
+        module.__dict__[place] = ours
         self._undo.append(restore)
 
     def add_hook(self, module: nn.Module, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:

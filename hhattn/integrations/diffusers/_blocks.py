@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._choose import Chosen
-from hhattn.integrations.diffusers._qk import record_norms
-from hhattn.integrations.swap import Swap
+from hhattn.integrations.diffusers._qk import affine, record_norms
+from hhattn.integrations.swap import Swap, has_own_forward
 
 LAYER_NORMS = ("LayerNorm", "FP32LayerNorm", "Identity")
 RMS_NORMS = ("RMSNorm",)
@@ -71,7 +71,7 @@ def why_not_fused(
     """None where ``block`` is exactly a ``kind``, its forward takes ``arguments`` and its ``norms`` are ``kinds``."""
     if type(block).__name__ != kind:
         return f"the block is a {type(block).__name__}"
-    if "forward" in block.__dict__:
+    if not has_own_forward(block):
         return "someone replaced the block's forward"
     if tuple(inspect.signature(type(block).forward).parameters) != ("self", *arguments):
         return "this release of diffusers calls the block with other arguments"
@@ -105,9 +105,11 @@ def swap_forward(
 
 def layer_norm(norm: Any) -> dict[str, Any]:
     """The arguments of :func:`hhattn.norm_modulate` that make it this LayerNorm."""
-    return {"norm": "layer", "eps": norm.eps, "weight": norm.weight, "bias": norm.bias}
+    weight, bias = affine(norm)
+    return {"norm": "layer", "eps": norm.eps, "weight": weight, "bias": bias}
 
 
 def rms_norm(norm: Any) -> dict[str, Any]:
     """The arguments of :func:`hhattn.norm_modulate` that make it this RMSNorm."""
-    return {"norm": "rms", "eps": norm.eps, "weight": norm.weight, "bias": getattr(norm, "bias", None)}
+    weight, bias = affine(norm)
+    return {"norm": "rms", "eps": norm.eps, "weight": weight, "bias": bias}

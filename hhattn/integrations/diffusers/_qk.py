@@ -35,15 +35,26 @@ def eps_of(norm: nn.Module, dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if eps is None else float(eps)  # type: ignore[arg-type]
 
 
+def affine(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    """A norm's weight and bias. Where accelerate keeps them elsewhere until the norm is called, they are fetched."""
+    if norm.weight is None or not norm.weight.is_meta or not hasattr(norm, "_hf_hook"):
+        return norm.weight, getattr(norm, "bias", None)
+    norm._hf_hook.pre_forward(norm)
+    found = norm.weight, getattr(norm, "bias", None)
+    norm._hf_hook.post_forward(norm, None)
+    return found
+
+
 def norm_of(q_norm: Any, k_norm: Any, dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
     """The arguments of :func:`hhattn.qk_norm_rope` that make it these norms."""
+    (q_weight, q_bias), (k_weight, k_bias) = affine(q_norm), affine(k_norm)
     return {
         "norm": KINDS[type(q_norm).__name__],
         "across_heads": q_norm.weight.shape[0] != head_dim,
-        "q_weight": q_norm.weight,
-        "k_weight": k_norm.weight,
-        "q_bias": getattr(q_norm, "bias", None),
-        "k_bias": getattr(k_norm, "bias", None),
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+        "q_bias": q_bias,
+        "k_bias": k_bias,
         "eps": eps_of(q_norm, dtype),
     }
 

@@ -21,7 +21,8 @@ def projection(handle: Swap, path: str, layer: Any, register: bool) -> nn.Linear
     weight = layer.to_q.weight
     dim = layer.to_q.out_features // layer.heads
     dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
-    proj = nn.Linear(dim, dim, device=weight.device, dtype=dtype)
+    device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded
+    proj = nn.Linear(dim, dim, device=device, dtype=dtype)
     nn.init.zeros_(proj.weight)
     nn.init.zeros_(proj.bias)
     handle.add_module(path, layer, NAME, proj, register)
