@@ -22,9 +22,7 @@ OLDEST = (8, 0)  # compute capability
 emulated: Session | None = None  # kernels run on a CPU: set while hhattn.simt.emulate is active
 
 
-@functools.cache
-def load() -> tuple[ModuleType | None, str | None]:
-    """The library of CUDA kernels, or the reason why there is none."""
+def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("hhattn._C_cuda"), None
     except ModuleNotFoundError as error:
@@ -36,6 +34,14 @@ def load() -> tuple[ModuleType | None, str | None]:
         return None, f"the library of CUDA kernels is broken: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the library of CUDA kernels could not be loaded: {error}"
+
+
+_library = _load()  # not at the first call, which torch.compile may be tracing
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """The library of CUDA kernels, or the reason why there is none."""
+    return _library
 
 
 @functools.cache

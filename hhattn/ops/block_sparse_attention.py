@@ -239,9 +239,10 @@ def _complete(name: str, namespace: str = "hhattn") -> None:
     ``namespace::name_backward``."""
 
     def gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *lists, out, lse = ctx.saved_tensors[:11]
+        saved = ctx.saved_tensors  # once: checkpointing gives them out a single time
+        q, k, v, *lists, out, lse = saved[:11]
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # a sum's gradient is one number, expanded
-        wanted, columns = ctx.needs_input_grad[:3], ctx.saved_tensors[11:]
+        wanted, columns = ctx.needs_input_grad[:3], saved[11:]
         if namespace == _cuda.NAMESPACE:
             dout = dout.contiguous() if _misaligned(dout) else dout
             if columns[0] is None and any(wanted[1:]):
