@@ -81,7 +81,7 @@ class CudaLaunch:
 
     @property
     def parameters(self) -> list[str]:
-        return re.split(r"[<>,]+", self.plain)[1:]
+        return [word for word in re.split(r"[<>,]+", self.plain)[1:] if word]
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -154,17 +154,31 @@ def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
     products = {"forward": 2, "backward_dq": 3, "backward_dkv": 4}
     full, partial = mask_blocks(model)
 
-    def step(launch: CudaLaunch) -> int:
-        return 64 if int(launch.parameters[2]) <= 128 else 32
+    def hopper(launch: CudaLaunch) -> tuple[int, int, int] | None:
+        """Dims, keys a run, and warpgroups that multiply, of the kernel on wgmma."""
+        _, *sizes = launch.parameters
+        return (int(sizes[0]), int(sizes[1]), int(sizes[2])) if len(sizes) == 3 and sizes[0].isdigit() else None
 
     def times(launch: CudaLaunch) -> Sequence[float]:
-        return [(full + partial) * BLOCK / step(launch)] if launch.name in products else ()
+        if launch.name not in products:
+            return ()
+        if shape := hopper(launch):
+            return [(full + partial) * BLOCK / shape[1] - 1]  # the first run is taken out of the loop
+        return [(full + partial) * BLOCK / (64 if int(launch.parameters[2]) <= 128 else 32)]
 
     def flops(launch: CudaLaunch) -> float:
         return products.get(launch.name, 0) * mask_flops(model)
 
-    rare = partial / (full + partial)
-    return CudaCase("block_sparse_attention", phase, model, call, times, flops, rare=rare, moved=_sparse_moved)
+    def copied(launch: CudaLaunch) -> float:
+        shape = hopper(launch)
+        return 2 * 2.0 * shape[0] * shape[1] if shape else 0.0  # keys and values
+
+    def warps(launch: CudaLaunch) -> int | None:
+        shape = hopper(launch)
+        return 4 * shape[2] if shape else None
+
+    how = {"rare": partial / (full + partial), "copied": copied, "warps": warps, "moved": _sparse_moved}
+    return CudaCase("block_sparse_attention", phase, model, call, times, flops, **how)
 
 
 def _sparse_moved(launch: CudaLaunch) -> Sequence[str] | None:

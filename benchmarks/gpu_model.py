@@ -222,13 +222,15 @@ class Prediction:
 @dataclass
 class Work:
     """What a launch executes: the instructions of a program (a block of threads) with the times that each is executed,
-    its warps, the programs, and the bytes that memory must read and write at least once."""
+    its warps, the programs, and the bytes that memory must read and write at least once. ``copied``: bytes that TMA
+    brings to a program's shared memory, of which its instructions don't say how many they are."""
 
     instructions: Sequence[Instruction]
     times: Sequence[float]
     warps: int
     programs: int
     moved_bytes: int
+    copied: float = 0.0
 
     def _executed(self) -> Iterator[tuple[Instruction, float]]:
         """Instructions and how many warps of a program execute each, how many times."""
@@ -237,7 +239,7 @@ class Work:
 
     def cycles(self, gpu: Gpu) -> dict[str, float]:
         """The clocks that a program holds each pipe of an SM."""
-        held = dict.fromkeys(PIPES, 0.0)
+        held = dict.fromkeys(PIPES, 0.0) | {"shared": self.copied / 128, "l2": self.copied / 64}
         for instruction, times in self._executed():
             for pipe, clocks in cycles(instruction, gpu).items():
                 held[pipe] += clocks * times

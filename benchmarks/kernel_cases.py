@@ -76,7 +76,8 @@ class Case:
     ``times``: how often a program runs each of the kernel's hot loops (see ``sass.hot_loops``), on average, in the
     order in which they stand. ``flops``: the operations on matrices that the op needs; 0 where there are none.
     ``leave_out``: launches of rare cases, which the report doesn't show. ``rare``: the share of a loop's runs that take
-    what a branch usually leaves out.
+    what a branch usually leaves out. ``copied``: bytes that TMA copies for one run of the longest hot loop; ``warps``
+    that execute the kernel, where they aren't all of a program's.
     """
 
     op: str
@@ -87,6 +88,8 @@ class Case:
     flops: Callable[[Launch], float] = _no_products
     leave_out: Callable[[Launch], bool] = lambda launch: False
     rare: float = 1.0
+    copied: Callable[[Any], float] = _no_products
+    warps: Callable[[Any], int | None] = lambda launch: None
 
     #: In what the kernels are written.
     by = "Triton"

@@ -80,13 +80,15 @@ def examine(case: Case, launch: Any, compiled: Any, gpu: Gpu, launches: int = 1)
     if len(times) != len(hot):
         problem = f"{len(hot)} hot loops in the code, times of {len(times)} are given"
         times = (times + [times[-1] if times else 1.0] * len(hot))[: len(hot)]
-    warps, programs = compiled.threads // 32, math.prod(launch.grid)
-    work = Work(code, execution(code, times, case.rare), warps, programs, case.moved_bytes(launch))
+    warps, programs = case.warps(launch) or compiled.threads // 32, math.prod(launch.grid)
+    copied = case.copied(launch)
+    executed = execution(code, times, case.rare)
+    work = Work(code, executed, warps, programs, case.moved_bytes(launch), copied * max(times, default=0.0))
     everything = [i for i, there in enumerate(sass.reached(code)) if there]
     runs = [[(i, 1.0 if i in loop.usual else case.rare) for i in sorted(loop.body)] for loop in hot]
     runs = runs or [[(i, 1.0) for i in everything]]
     bodies = [[code[i] for i, _ in run] for run in runs]
-    once = [Work(b, [n for _, n in run], warps, 1, 0).cycles(gpu) for b, run in zip(bodies, runs, strict=True)]
+    once = [Work(b, [n for _, n in run], warps, 1, 0, copied).cycles(gpu) for b, run in zip(bodies, runs, strict=True)]
     longest = max(range(len(bodies)), key=lambda i: (times or [1.0])[i] * max(once[i].values()))
     return Row(
         op=case.op,
@@ -96,7 +98,7 @@ def examine(case: Case, launch: Any, compiled: Any, gpu: Gpu, launches: int = 1)
         kernel=case.phase if name == case.phase else f"{case.phase}: {name}",
         model=case.model.name,
         gpu=gpu.name,
-        warps=warps,
+        warps=compiled.threads // 32,
         programs=programs,
         registers=compiled.registers,
         shared=compiled.shared,
