@@ -7,6 +7,7 @@ To add a kernel, add a function that returns a :class:`CudaCase` and name it in 
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from kernel_cases import (
     counted,
     mask_blocks,
     mask_flops,
+    meta,
     norm_arguments,
     sparse_arguments,
     sparse_backward_arguments,
@@ -173,12 +175,18 @@ def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
         shape = hopper(launch)
         return 2 * 2.0 * shape[0] * shape[1] if shape else 0.0  # keys and values
 
+    def inner(launch: CudaLaunch) -> float | None:
+        """dk and dv take 16 of a run's queries at a time."""
+        dims = int(launch.parameters[2]) if launch.name == "backward_dkv" else 0
+        return (4.0 if dims <= 128 else 2.0) if dims else None
+
     def warps(launch: CudaLaunch) -> int | None:
         shape = hopper(launch)
         return 4 * shape[2] if shape else None
 
-    how = {"rare": partial / (full + partial), "copied": copied, "warps": warps, "moved": _sparse_moved}
-    return CudaCase("block_sparse_attention", phase, model, call, times, flops, **how)
+    rare = partial / (full + partial)
+    how = {"copied": copied, "inner": inner, "warps": warps, "moved": _sparse_moved}
+    return CudaCase("block_sparse_attention", phase, model, call, times, flops, rare=rare, **how)
 
 
 def _sparse_moved(launch: CudaLaunch) -> Sequence[str] | None:
@@ -191,16 +199,20 @@ def _sparse_moved(launch: CudaLaunch) -> Sequence[str] | None:
 
 
 def sparse_forward(model: Model) -> CudaCase:
-    call = operator("block_sparse_attention", *sparse_arguments(model))
+    call = operator("block_sparse_attention", *sparse_arguments(model), *[None] * 5)
     return _sparse(model, "forward", call)
 
 
 def sparse_backward(model: Model) -> CudaCase:
-    call = operator("block_sparse_attention_backward", *sparse_backward_arguments(model))
+    lines = math.ceil(model.seq / BLOCK)
+    full, partial = (lines * count for count in mask_blocks(model))
+    sizes = (lines + 1, partial, partial, lines + 1, full)  # where lines begin, rows, tiles; where lines begin, rows
+    by_key = [meta(1, 1, n, dtype=torch.int32) for n in sizes]
+    call = operator("block_sparse_attention_backward", *sparse_backward_arguments(model), *by_key, True, True)
     return _sparse(model, "backward", call)
 
 
-CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward,)
+CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward, sparse_forward, sparse_backward)
 
 
 def cases() -> list[CudaCase]:

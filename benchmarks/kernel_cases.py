@@ -77,7 +77,8 @@ class Case:
     order in which they stand. ``flops``: the operations on matrices that the op needs; 0 where there are none.
     ``leave_out``: launches of rare cases, which the report doesn't show. ``rare``: the share of a loop's runs that take
     what a branch usually leaves out. ``copied``: bytes that TMA copies for one run of the longest hot loop; ``warps``
-    that execute the kernel, where they aren't all of a program's.
+    that execute the kernel, where they aren't all of a program's. ``inner``: how often a run of the loop around the hot
+    one runs it, where what is around counts; ``times`` are then of the loop around.
     """
 
     op: str
@@ -89,6 +90,7 @@ class Case:
     leave_out: Callable[[Launch], bool] = lambda launch: False
     rare: float = 1.0
     copied: Callable[[Any], float] = _no_products
+    inner: Callable[[Any], float | None] = lambda launch: None
     warps: Callable[[Any], int | None] = lambda launch: None
 
     #: In what the kernels are written.

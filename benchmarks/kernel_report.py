@@ -62,19 +62,37 @@ class Row:
         return max(self.loop, key=lambda pipe: self.loop[pipe])
 
 
-def execution(instructions: list[sass.Instruction], times: list[float], rare: float = 1.0) -> list[float]:
-    """How often a program executes each instruction: those of the i-th hot loop ``times[i]`` times, what branches
-    usually leave out of it ``rare`` times as often, subroutines of rare cases never, all the rest once."""
+def runs(instructions: list[sass.Instruction], rare: float = 1.0, inner: float | None = None) -> list[dict[int, float]]:
+    """One run of each hot loop: how often it executes each of its instructions, ``rare`` times what branches usually
+    leave out. With ``inner`` it is a run of the loop around, in which the hot loop is run so many times."""
+    found = []
+    for loop in sass.hot_loops(instructions):
+        run = {i: 1.0 if i in loop.usual else rare for i in loop.body}
+        if inner is not None:
+            outer = (other for other in sass.loops(instructions) if loop.body < other.body)
+            around = min(outer, key=lambda other: len(other.body))
+            outside = {i: 1.0 if i in around.usual else rare for i in around.body}
+            run = outside | {i: n * inner for i, n in run.items()}
+        found.append(run)
+    return found
+
+
+def execution(
+    instructions: list[sass.Instruction], times: list[float], rare: float = 1.0, inner: float | None = None
+) -> list[float]:
+    """How often a program executes each instruction: those of the i-th run ``times[i]`` times, subroutines of rare
+    cases never, all the rest once."""
     counts = [float(reached) for reached in sass.reached(instructions)]
-    for loop, count in zip(sass.hot_loops(instructions), times, strict=True):
-        for i in loop.body:
-            counts[i] = count * (1.0 if i in loop.usual else rare)
+    for run, count in zip(runs(instructions, rare, inner), times, strict=True):
+        for i, n in run.items():
+            counts[i] = count * n
     return counts
 
 
 def examine(case: Case, launch: Any, compiled: Any, gpu: Gpu, launches: int = 1) -> Row:
     """Everything about one launch: its programs, its code, and how long that holds each pipe."""
-    code, hot, problem = compiled.instructions, sass.hot_loops(compiled.instructions), ""
+    code, problem, inner = compiled.instructions, "", case.inner(launch)
+    hot = runs(code, case.rare, inner)
     name = launch.name.strip("_")
     times = list(case.times(launch))
     if len(times) != len(hot):
@@ -82,13 +100,12 @@ def examine(case: Case, launch: Any, compiled: Any, gpu: Gpu, launches: int = 1)
         times = (times + [times[-1] if times else 1.0] * len(hot))[: len(hot)]
     warps, programs = case.warps(launch) or compiled.threads // 32, math.prod(launch.grid)
     copied = case.copied(launch)
-    executed = execution(code, times, case.rare)
+    executed = execution(code, times, case.rare, inner)
     work = Work(code, executed, warps, programs, case.moved_bytes(launch), copied * max(times, default=0.0))
-    everything = [i for i, there in enumerate(sass.reached(code)) if there]
-    runs = [[(i, 1.0 if i in loop.usual else case.rare) for i in sorted(loop.body)] for loop in hot]
-    runs = runs or [[(i, 1.0) for i in everything]]
-    bodies = [[code[i] for i, _ in run] for run in runs]
-    once = [Work(b, [n for _, n in run], warps, 1, 0, copied).cycles(gpu) for b, run in zip(bodies, runs, strict=True)]
+    everything = {i: 1.0 for i, there in enumerate(sass.reached(code)) if there}
+    hot = hot or [everything]
+    bodies = [[code[i] for i in sorted(run)] for run in hot]
+    once = [Work([code[i] for i in run], list(run.values()), warps, 1, 0, copied).cycles(gpu) for run in hot]
     longest = max(range(len(bodies)), key=lambda i: (times or [1.0])[i] * max(once[i].values()))
     return Row(
         op=case.op,

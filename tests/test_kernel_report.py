@@ -76,6 +76,20 @@ def test_loops() -> None:
     assert [i.address for i, there in zip(code, sass.reached(code), strict=True) if not there] == [0x100, 0x110]
 
 
+def test_the_loop_around_counts_where_it_is_said_to() -> None:
+    code = sass.parse(CODE)
+
+    def counts(**how: float) -> dict[int, float]:
+        times = kernel_report.execution(code, [10.0], **how)
+        return {code[i].address: n for i, n in enumerate(times)}
+
+    alone, around = counts(), counts(inner=3.0)
+    assert (alone[0x00], alone[0x10], alone[0x30], alone[0xE0], alone[0x100]) == (1, 1, 10, 1, 0)
+    assert (around[0x00], around[0x10], around[0x30], around[0xE0], around[0x100]) == (1, 10, 30, 10, 0)
+    rarely = counts(inner=3.0, rare=0.1)
+    assert (rarely[0x10], rarely[0x30], rarely[0xE0]) == (10, 30, 1), "the wait is seldom repeated"
+
+
 @pytest.mark.parametrize("opcode", ["HMMA.9", "UTCHMMA"])
 def test_a_matrix_product_of_unknown_shape_is_refused(opcode: str) -> None:
     with pytest.raises(ValueError, match=f"{opcode} R0: a matrix product of unknown shape"):

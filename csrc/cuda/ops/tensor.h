@@ -81,6 +81,7 @@ class Call {
     int64_t extent = t.numel() ? 1 : 0;
     for (int64_t d = 0; extent && d < t.dim(); ++d) extent += (t.size(d) - 1) * t.stride(d);
     simt_register(t.const_data_ptr(), extent * t.element_size(), name, SIMT_READ_ONLY);
+    if (nowhere(t)) return NOWHERE;
 #endif
     return t.const_data_ptr();
   }
@@ -89,6 +90,7 @@ class Call {
   void* write(Tensor& t, [[maybe_unused]] const char* name) {
 #ifdef HH_EMULATED
     simt_register(t.mutable_data_ptr(), t.numel() * t.element_size(), name, SIMT_WRITE_FIRST);
+    if (nowhere(t)) return NOWHERE;
 #endif
     return t.mutable_data_ptr();
   }
@@ -148,7 +150,11 @@ class Call {
 
  private:
   void* stream = nullptr;
-#ifndef HH_EMULATED
+#ifdef HH_EMULATED
+  // Meta tensors have elements and no address; launches for them are recorded, not run, and must be those of tensors that are there.
+  static inline void* const NOWHERE = reinterpret_cast<void*>(uintptr_t(1) << 40);
+  static bool nowhere(const Tensor& t) { return t.numel() > 0 && !t.const_data_ptr(); }
+#else
   int attribute(cudaDeviceAttr what) const {
     int device = 0, value = 0;
     cudaGetDevice(&device);
