@@ -12,7 +12,8 @@ import pytest
 import torch
 from helpers import randn
 
-import hhattn.ops.norm_modulate  # noqa: F401, defines the operators
+import hhattn
+import hhattn.ops.norm_modulate
 from hhattn import simt
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the emulator is built with g++")
@@ -24,10 +25,34 @@ def norm_modulate() -> None:
     torch.ops.hhattn_cuda.norm_modulate(x, row, row.clone(), None, None, x.clone(), row.clone(), True, 1e-6)
 
 
-CASES: dict[str, tuple[int, Callable[[], None]]] = {"norm_modulate": (80, norm_modulate)}
+def _attention(gradients: bool) -> None:
+    """Full and partial blocks of 128, two query heads for a key head."""
+    q, k, v = (
+        randn(1, 256, heads, 128, seed=i).to(BF16).requires_grad_(gradients) for i, heads in enumerate((2, 1, 1))
+    )
+    keep = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
+    mask = hhattn.BlockMask.from_dense(keep, block_size=(128, 128))
+    out, lse = hhattn.block_sparse_attention(q, k, v, mask, return_lse=True, impl="cuda")
+    if gradients:
+        (out.float().sum() + lse.sum()).backward()
 
-#: Lines outside of main loops that may cost more, by their text, and how many times their minimum.
-KNOWN: dict[str, float] = {}
+
+CASES: dict[str, tuple[int, Callable[[], None]]] = {
+    "norm_modulate": (80, norm_modulate),
+    "block_sparse_attention": (80, lambda: _attention(gradients=False)),
+    "block_sparse_attention_backward": (80, lambda: _attention(gradients=True)),
+}
+
+#: Beginnings of lines outside of main loops that may cost so many times their minimum, and why that is little.
+KNOWN = {
+    "a.delta[at] = ": 2.0,  # a number a row and head, beside rows of dout and out; neighbours in a warp are heads
+    "a.log2[at] = ": 2.0,
+    "const uint2 both = ": 2.0,  # half a row of a partial block; the other half is in the cache
+}
+
+
+def _allowed(line: str) -> float:
+    return next((factor for begin, factor in KNOWN.items() if line.startswith(begin)), 1.0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -41,7 +66,7 @@ def test_accesses_cost_what_their_bytes_need(name: str) -> None:
     worse = []
     for c in counters:
         line = Path(c.file).read_text().splitlines()[c.line - 1].strip()
-        if c.cost > c.minimum * KNOWN.get(line, 1.0):
+        if c.cost > c.minimum * _allowed(line):
             where = f"{Path(c.file).name}:{c.line}: {line}"
             worse.append(f"{where}: {c.space}, {c.bytes} bytes a lane: {c.cost} where {c.minimum} are enough")
     assert not worse, "\n".join(worse)
