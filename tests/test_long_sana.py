@@ -115,6 +115,27 @@ def test_a_state_in_memory_is_not_changed_by_going_on(sana: LongSana) -> None:
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(rest, again, strict=True))
 
 
+def test_streams_in_turn_are_streams_alone(sana: LongSana) -> None:
+    """Each remembers its own clip; the state is that of the one whose chunk came last."""
+    image = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = [request(), request(prompt="a blue boat", seed=3, chunk=2, frames=45), request(image=image, guidance=2.0)]
+    sana._stream.limit = 7  # positions are counted anew on the way
+    expected = [list(sana.stream(w)) for w in wanted]
+    open_ones = [sana.stream(w) for w in wanted]
+    got: list[list[Any]] = [[], [], []]
+    order, states = [0, 1, 1, 2, 0, 1, 2, 2, 1, 0, 1, 1], {}
+    for i in order:
+        got[i].append(next(open_ones[i]))
+        states[i] = sana.state()
+    for i, clip in enumerate(expected):
+        rest = list(sana.stream(wanted[i], states[i]))
+        assert len(got[i]) + len(rest) == len(clip)
+        for chunk, alone in zip(got[i] + rest, clip, strict=True):
+            assert chunk.index == alone.index
+            assert torch.equal(chunk.latents, alone.latents)
+            assert torch.equal(chunk.frames, alone.frames)
+
+
 def test_a_decoder_that_looks_both_ways_loses_no_picture(sana: LongSana) -> None:
     sana.pipeline.vae.enable_tiling()
     frames, _ = joined(sana, request())

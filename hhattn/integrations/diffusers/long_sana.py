@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hhattn.integrations.diffusers._sana_stream import Stream
+from hhattn.integrations.diffusers._sana_stream import Memory, Stream
 
 FEW_STEPS = (1000.0, 960.0, 889.0, 727.0)  # LongSANA's distilled sampler
 
@@ -84,8 +84,10 @@ class LongChunk:
 
 @dataclass
 class _Progress:
-    """Where a clip stands between two chunks."""
+    """Where a clip stands between two chunks, and what the model remembers of it."""
 
+    memory: list[Memory]
+    position: int = 0
     index: int = 0
     done: int = 0  # pictures
     decoder: list[Any] | None = None
@@ -95,13 +97,14 @@ class _Progress:
 class LongSana:
     """``LongSana(pipeline)`` on a ``SanaVideoPipeline`` or ``SanaImageToVideoPipeline``, or :meth:`from_pretrained`.
 
-    :meth:`stream` generates; between two chunks :meth:`state` is all that is needed to go on in another process. The
-    pipeline's transformer carries the memory until :meth:`close`, which gives it back as it was.
+    :meth:`stream` generates; between two chunks :meth:`state` is all that is needed to go on in another process.
+    Several streams may be open at once, each with a memory of its own: chunks of one and another in turn, in one
+    thread. The pipeline's transformer remembers until :meth:`close`, which gives it back as it was.
     """
 
     pipeline: Any
     _stream: Stream = field(init=False, repr=False)
-    _at: _Progress = field(init=False, default_factory=_Progress, repr=False)
+    _at: _Progress = field(init=False, repr=False)  # of the clip whose chunk came last
 
     def __post_init__(self) -> None:
         for name in ("transformer", "vae", "scheduler", "text_encoder"):
@@ -112,6 +115,7 @@ class LongSana:
         if type(self.pipeline.transformer).__name__ != "SanaVideoTransformer3DModel":
             raise ValueError(f"its transformer is a {type(self.pipeline.transformer).__name__}; accepted: SANA-Video's")
         self._stream = Stream(self.pipeline.transformer)
+        self._at = _Progress(self._stream.memory)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> LongSana:
@@ -126,12 +130,13 @@ class LongSana:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are remembered of the past, whatever its length."""
+        """Bytes that are remembered of the past of the stream whose chunk came last, whatever its length."""
         return self._stream.nbytes
 
     def state(self) -> dict[str, Any]:
-        """Everything between two chunks, for ``torch.save`` and ``stream(request, state)``."""
-        return {"stream": self._stream.state(), "at": vars(self._at).copy()}
+        """Everything of the stream whose chunk came last, for ``torch.save`` and ``stream(request, state)``."""
+        at = self._at
+        return {"stream": self._stream.state(), "at": {"index": at.index, "done": at.done, "decoder": at.decoder}}
 
     def stream(self, request: LongRequest, state: dict[str, Any] | None = None) -> Iterator[LongChunk]:
         """Generate chunk after chunk; with ``state``, those that are still to come of the same request.
@@ -141,11 +146,11 @@ class LongSana:
         self._check(request)
         if not 0 <= request.seed < 2**40:
             raise ValueError(f"seed={request.seed}: accepted is 0 to {2**40 - 1}")
-        self._at = _Progress() if state is None else _Progress(**state["at"])
-        self._stream.restore({"memory": [(None, None)] * len(self._stream.memory), "position": 0})
-        if state is not None:
-            self._stream.restore(state["stream"])
-        return self._chunks(request)
+        empty = {"memory": [(None, None)] * len(self._stream.memory), "position": 0}
+        self._stream.restore(empty if state is None else state["stream"])
+        at = {} if state is None else state["at"]
+        self._at = _Progress(self._stream.memory, self._stream.position, **at)
+        return self._chunks(request, self._at)
 
     def latent_frames(self, request: LongRequest) -> int:
         """Latent frames of a clip: the first is one picture, every other several."""
@@ -161,14 +166,15 @@ class LongSana:
                 raise ValueError(f"{name}={getattr(request, name)}: accepted are multiples of {unit}")
 
     @torch.no_grad()  # it runs when it is asked for a chunk, so a caller's own setting wouldn't reach it
-    def _chunks(self, request: LongRequest) -> Iterator[LongChunk]:
-        total, at, said = self.latent_frames(request), self._at, None
+    def _chunks(self, request: LongRequest, at: _Progress) -> Iterator[LongChunk]:
+        total, said = self.latent_frames(request), None
         words: tuple[Tensor, Tensor] | None = None
         while at.index * request.chunk < total:
             if words is None or request.prompt_of(at.index) != said:
                 said = request.prompt_of(at.index)
                 words = self._words(said, request)
             count = min(request.chunk, total - at.index * request.chunk)
+            self._at, self._stream.memory, self._stream.position = at, at.memory, at.position
             self._stream.make_room(count)
             latents = self._denoise(request, words, count)
             with self._stream.writing():
@@ -176,6 +182,7 @@ class LongSana:
             frames = self._decode(latents)[: request.frames - at.done]
             at.done += len(frames)
             at.index += 1
+            at.position = self._stream.position
             yield LongChunk(at.index - 1, frames, latents)
 
     def _words(self, prompt: str, request: LongRequest) -> tuple[Tensor, Tensor]:
