@@ -279,6 +279,7 @@ enum class Access : uint8_t { read, write, atomic, copy };  // copy: the write o
 void access(const void *p, size_t bytes, Access, Site, size_t align, const void *value = nullptr);
 size_t cell_of(uint32_t address);
 void begin_memory(Block &);
+void note_reads(const std::vector<uint32_t> &cells);
 void check_proxy(uint32_t address, size_t bytes, Site);  // before the async proxy reads
 // async.cpp
 void start_bulk(const Copy &, MBarrier &, Site);

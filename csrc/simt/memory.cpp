@@ -85,14 +85,7 @@ static const uint16_t *by_other(const Cell &c, unsigned mask, const Toucher &me,
   return nullptr;
 }
 
-static void read_cell(Toucher &me, size_t index, unsigned mask) {
-  Cell &c = me.block.cells[index];
-  if (__builtin_expect(c.pending, 0))
-    report(me.site, "async-pending", "shared%s: read while an asynchronous copy into it is in flight", shared_name(index).c_str());
-  else if (__builtin_expect((c.init & mask) != mask, 0))
-    report(me.site, "uninitialized", "shared%s: read, and never written", shared_name(index).c_str());
-  if (auto *other = by_other(c, mask, me); __builtin_expect(other != nullptr, 0))
-    race(me.site, "shared", shared_name(index), "read after a write by", *other);
+static void note_read(const Toucher &me, size_t index, unsigned mask) {
   Reads &reads = me.block.reads[index * machine.warps + me.warp_index];
   for (unsigned h = 0; h < 2; h++) {
     if (!(mask >> 2 * h & 3)) continue;
@@ -104,6 +97,25 @@ static void read_cell(Toucher &me, size_t index, unsigned mask) {
     }
     last = me.warp.clock << 8 | lane << 2 | bytes;
   }
+}
+
+static void read_cell(Toucher &me, size_t index, unsigned mask) {
+  Cell &c = me.block.cells[index];
+  if (__builtin_expect(c.pending, 0))
+    report(me.site, "async-pending", "shared%s: read while an asynchronous copy into it is in flight", shared_name(index).c_str());
+  else if (__builtin_expect((c.init & mask) != mask, 0))
+    report(me.site, "uninitialized", "shared%s: read, and never written", shared_name(index).c_str());
+  if (auto *other = by_other(c, mask, me); __builtin_expect(other != nullptr, 0))
+    race(me.site, "shared", shared_name(index), "read after a write by", *other);
+  note_read(me, index, mask);
+}
+
+// A wgmma of the running warp may have read these cells until now.
+void note_reads(const std::vector<uint32_t> &cells) {
+  machine.as_warp = true;
+  const Toucher me{.site = {}};
+  machine.as_warp = false;
+  for (uint32_t cell : cells) note_read(me, cell, 15);
 }
 
 // Of several readers it isn't known who: one that the lane has met stands for all.

@@ -182,6 +182,7 @@ static void deliver(Warp &w, const WgmmaGroup &group) {
   for (auto &key : group.sources)
     if (auto it = w.sources.find(key); !--it->second) w.sources.erase(it);
   for (uint32_t cell : group.operands) machine.block->cells[cell].held--;
+  note_reads(group.operands);
 }
 
 static void wait(uint32_t, void *const *args) {
