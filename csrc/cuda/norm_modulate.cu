@@ -4,13 +4,19 @@
 
 namespace hh {
 
+// Channels of a row that a thread holds, and most threads: 16384 channels in all. Scalars need registers for their masks.
+template <int VEC>
+inline constexpr int VALUES = VEC == 1 ? 32 : 16;
+template <int VEC>
+inline constexpr int THREADS = 16384 / VALUES<VEC>;
+
 template <int VEC>
 __global__ void __launch_bounds__(THREADS<VEC>) norm_modulate_rows(const __grid_constant__ NormModulateArgs a, const __grid_constant__ Places at) {
   DYNAMIC_SHARED(smem);
   const Place here = at.place();
   if (here.row >= at.rows) return;  // a whole warp, which has the row for itself: nobody waits for it
   const auto channels = uint32_t(a.channels);
-  NormRow<VEC> r, other;
+  Row<VEC, VALUES<VEC> / VEC> r, other;
   r.template load<true>(a.x.in, here.b * a.x.batch + here.s * a.x.token, channels);
   if (a.residual.in.data) {
     if (a.gate.in.data) {
@@ -21,7 +27,12 @@ __global__ void __launch_bounds__(THREADS<VEC>) norm_modulate_rows(const __grid_
     r.each([](float& x, float residual) { x += residual; }, other);
     r.store(a.r, int64_t(here.row) * a.channels, channels);
   }
-  normalise(r, a, reinterpret_cast<float*>(smem));
+  auto* partial = reinterpret_cast<float*>(smem);
+  if (a.layer) centre(r, channels, partial);
+  float squares = 0;
+  r.each([&](float& x) { squares += x * x; });
+  const float rstd = reciprocal_deviation(row_sum(squares, partial + 32), a);
+  r.each([&](float& x) { x *= rstd; });
   if (a.weight.data) {
     other.load(a.weight, 0, channels);
     r.each([](float& n, float weight) { n *= weight; }, other);

@@ -5,14 +5,6 @@
 
 namespace hh {
 
-// Channels of a row that a thread holds, and most threads: 16384 channels in all. Scalars need registers for their addresses.
-template <int VEC>
-inline constexpr int VALUES = VEC == 1 ? 32 : 16;
-template <int VEC>
-inline constexpr int THREADS = 16384 / VALUES<VEC>;
-template <int VEC>
-using NormRow = Row<VEC, VALUES<VEC> / VEC>;
-
 struct Place {
   uint32_t row, b, s;  // of B * S; batch entry and token
 };
@@ -37,25 +29,20 @@ struct Places {
   HH_DEVICE int64_t gate(const Modulation& m, Place p) const { return p.b * m.batch + by_gate(p.s) * m.row; }
 };
 
-// r becomes norm(r); returns 1 / its deviation. Two passes over registers: the variance is that of what is centred. `partial` is
-// shared memory for two sums.
-template <int VEC>
-HH_DEVICE float normalise(NormRow<VEC>& r, const NormModulateArgs& a, float* partial) {
-  const float count = float(a.channels);
+// Takes the mean from r; what lies beyond the row stays 0.
+template <int VEC, int VECS>
+HH_DEVICE void centre(Row<VEC, VECS>& r, uint32_t channels, float* partial) {
   float sum = 0;
-  if (a.layer) {
-    r.each([&](float& x) { sum += x; });
-    const float mean = row_sum(sum, partial) / count;
+  r.each([&](float& x) { sum += x; });
+  const float mean = row_sum(sum, partial) / float(channels);
 #pragma unroll
-    for (int j = 0; j < VALUES<VEC> / VEC; ++j)  // what lies beyond the row stays 0
+  for (int j = 0; j < VECS; ++j)
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) r.v[j][i] = r.channel(j) < a.channels ? r.v[j][i] - mean : 0.0f;
-    sum = 0;
-  }
-  r.each([&](float& x) { sum += x * x; });
-  const float rstd = 1.0f / sqrtf(row_sum(sum, partial + 32) / count + a.eps);
-  r.each([&](float& x) { x *= rstd; });
-  return rstd;
+    for (int i = 0; i < VEC; ++i) r.v[j][i] = r.channel(j) < channels ? r.v[j][i] - mean : 0.0f;
+}
+
+HH_DEVICE float reciprocal_deviation(float sum_of_squares, const NormModulateArgs& a) {
+  return 1.0f / sqrtf(sum_of_squares / float(a.channels) + a.eps);
 }
 
 // The widest vectors that the inputs allow.

@@ -1,6 +1,7 @@
 // Arguments of norm_modulate's launchers; see hhattn/ops/norm_modulate.py for the formula.
 #pragma once
 #include "args.h"
+#include "part_sums.h"
 
 namespace hh {
 
@@ -21,6 +22,16 @@ struct NormModulateArgs {
   float eps = 0;
 };
 
+// Gradients of NormModulateArgs, whose y and r are not written; dx and dresidual are contiguous, the rest where they are asked for.
+struct NormModulateBackwardArgs {
+  NormModulateArgs forward;
+  Rows dy, dr;
+  Out dx, dresidual;
+  PartSums dscale, dshift, dgate, dweight, dbias;
+  int64_t run = 1;  // tokens of a piece
+};
+
 }  // namespace hh
 
 extern "C" int hh_cuda_norm_modulate(const hh::NormModulateArgs* args, void* stream);
+extern "C" int hh_cuda_norm_modulate_backward(const hh::NormModulateBackwardArgs* args, void* stream);

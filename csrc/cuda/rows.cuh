@@ -138,16 +138,25 @@ struct Row {
   }
 };
 
-// The sum of x over the threads of a row; each gets the same bits. `partial` is 32 floats of shared memory that no sum uses whose
+// Sums over the threads of a row; each thread gets the same bits. `partial` is 32 * N floats of shared memory that no sum uses whose
 // readers might not be done, or unused where one warp has the row.
-HH_DEVICE float row_sum(float x, float* partial) {
-  x = ptx::warp_sum(x);
-  const unsigned warps = blockDim.x / 32;
-  if (warps == 1) return x;
-  const unsigned lane = threadIdx.x % 32;
-  if (lane == 0) partial[threadIdx.x / 32] = x;
+template <int N>
+HH_DEVICE void row_sums(float (&x)[N], float* partial) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = ptx::warp_sum(x[i]);
+  const unsigned warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  if (warps == 1) return;
+  if (lane == 0)
+#pragma unroll
+    for (int i = 0; i < N; ++i) partial[32 * i + threadIdx.x / 32] = x[i];
   __syncthreads();
-  return ptx::warp_sum(lane < warps ? partial[lane] : 0.0f);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = ptx::warp_sum(lane < warps ? partial[32 * i + lane] : 0.0f);
+}
+HH_DEVICE float row_sum(float x, float* partial) {
+  float sums[1] = {x};
+  row_sums(sums, partial);
+  return sums[0];
 }
 
 // ---- on the host

@@ -153,6 +153,7 @@ def _call(namespace: str, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 _dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
 _dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
+_dispatch.register(OP, "cuda", _cuda_can_run)(partial(_call, _cuda.NAMESPACE))
 
 
 def _fake(
