@@ -15,7 +15,7 @@ namespace hh {
 // What is summed: gradients of the modulation, of weight and bias, or all.
 enum class Sums { modulation, affine, all };
 
-// Channels a thread and most threads: 5120 channels without spilled registers, up to 16384 with some.
+// Channels a thread and most threads: 5120 channels without spilled registers (with few for Sums::all), up to 8192 with some.
 template <int VALUES>
 inline constexpr int THREADS = VALUES == 8 ? 640 : 512;
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS<VALUES>)
     if (f.layer) centre(r, channels, partial);
     float sums[3] = {0, 0, 0};  // of r^2, u r, u
     u.each([&](float& v, float r) { sums[0] += r * r, sums[1] += v * r, sums[2] += v; }, r);
-    row_sums(sums, partial + 32);
+    row_sums(sums, partial + 32 + s % 2 * 96);  // where rms has no other barrier, the row before may still be read
     const float rstd = reciprocal_deviation(sums[0], f), count = float(channels);
     r.each([&](float& v) { v *= rstd; });  // n
     const float slope = rstd * sums[1] / count, mean = f.layer ? sums[2] / count : 0.0f;
@@ -142,6 +142,15 @@ auto kernel_of(const NormModulateBackwardArgs& a) {
   return norm_modulate_pieces<VEC, VALUES, Sums::all>;
 }
 
+inline auto kernel_of(const NormModulateBackwardArgs& a, [[maybe_unused]] int vec, bool few) {
+#ifdef HH_VEC  // one kernel, for tests that compile it often
+  return norm_modulate_pieces<HH_VEC, 8, Sums::all>;
+#else
+  if (few) return vec == 8 ? kernel_of<8, 8>(a) : vec == 4 ? kernel_of<4, 8>(a) : kernel_of<1, 8>(a);
+  return vec == 8 ? kernel_of<8, 16>(a) : vec == 4 ? kernel_of<4, 16>(a) : kernel_of<1, 16>(a);
+#endif
+}
+
 }  // namespace hh
 
 extern "C" int hh_cuda_norm_modulate_backward(const hh::NormModulateBackwardArgs* args, void* stream) {
@@ -150,15 +159,16 @@ extern "C" int hh_cuda_norm_modulate_backward(const hh::NormModulateBackwardArgs
   Vectors vectors = fitting(f);
   for (const Rows* rows : {&args->dy, &args->dr}) vectors.fit(rows->in.data, rows->in.dtype, {rows->batch, rows->token}, true);
   for (const Out* out : {&args->dx, &args->dresidual}) vectors.fit(out->data, out->dtype, {f.channels}, true);
-  for (const PartSums* sums : {&args->dscale, &args->dshift, &args->dgate}) vectors.fit(sums->out.data, sums->out.dtype, {f.channels}, false);
+  for (const PartSums* sums : {&args->dscale, &args->dshift, &args->dgate})
+    vectors.fit(sums->out.data, sums->out.dtype, {f.channels}, false);
   const int vec = vectors.widest();
   const bool few = f.channels <= 8 * THREADS<8>;
-  const RowShape shape(few ? 8 : 32, f.channels);
+  const RowShape shape(few ? 8 : 16, f.channels);
   const auto pieces = uint32_t((f.tokens + args->run - 1) / args->run);
-  const auto kernel = few ? (vec == 8 ? kernel_of<8, 8>(*args) : vec == 4 ? kernel_of<4, 8>(*args) : kernel_of<1, 8>(*args))
-                          : (vec == 8 ? kernel_of<8, 32>(*args) : vec == 4 ? kernel_of<4, 32>(*args) : kernel_of<1, 32>(*args));
+  const auto kernel = kernel_of(*args, vec, few);
   const dim3 grid((uint32_t(f.batch) * pieces + shape.rows - 1) / shape.rows);
-  int error = launch("norm_modulate_backward", kernel, grid, shape.block, shape.shared(4), stream, *args, Places(f), Divisor(pieces), pieces);
+  int error = launch("norm_modulate_backward", kernel, grid, shape.block, shape.shared(7), stream, *args, Places(f),
+                     Divisor(pieces), pieces);
   for (const PartSums* sums : {&args->dscale, &args->dshift, &args->dgate, &args->dweight, &args->dbias})
     if (!error) error = launch_sum_parts(*sums, stream);
   return error;

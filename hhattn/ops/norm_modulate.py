@@ -109,6 +109,7 @@ _dispatch.register(OP, "reference", transforms=True)(_reference)
 
 TENSORS = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
 MAX_CHANNELS = 16384  # of the GPU kernels, which hold a row in registers
+MAX_CHANNELS_BACKWARD = 8192  # of the CUDA kernel, which holds a row's sums there too
 MAX_ROWS = 2**31 - 1  # of the CUDA kernels, a row of which is an int32
 
 
@@ -140,6 +141,9 @@ def _cuda_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -
         return reason
     if x.shape[-1] > MAX_CHANNELS:
         return f"x has {x.shape[-1]} channels; cuda holds a row in registers, up to {MAX_CHANNELS}"
+    asks = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *rest))
+    if asks and x.shape[-1] > MAX_CHANNELS_BACKWARD:
+        return f"x has {x.shape[-1]} channels; cuda makes gradients of up to {MAX_CHANNELS_BACKWARD}"
     if x.shape[0] * x.shape[1] > MAX_ROWS:
         return f"x has {x.shape[0] * x.shape[1]} rows; cuda counts up to {MAX_ROWS}"
     return _not_contiguous(x, *rest)
