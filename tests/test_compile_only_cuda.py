@@ -33,7 +33,12 @@ COMPILED = [
     for arch in cuda_code.archs(source)
 ]
 #: Local accesses of backward kernels that are known; of forward kernels there are none.
-SPILLS: dict[str, int] = {}
+SPILLS: dict[str, int] = {
+    # sums for modulation and parameters at once, or of more than 5120 channels: rare
+    **{f"norm_modulate_backward norm_modulate_pieces<{vec},16,(Sums)2>": 400 for vec in (1, 4, 8)},
+    **{f"norm_modulate_backward norm_modulate_pieces<{vec},8,(Sums)2>": 100 for vec in (1, 4, 8)},
+    **{f"norm_modulate_backward norm_modulate_pieces<{vec},8,(Sums)0>": 15 for vec in (4, 8)},  # on sm_120 alone
+}
 #: Sources that multiply matrices, and by what.
 PRODUCTS = {"block_sparse_attention": "HMMA", "block_sparse_attention_sm90": "HGMMA", "block_linear_attention": "HMMA"}
 

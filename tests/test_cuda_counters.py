@@ -25,6 +25,13 @@ def norm_modulate() -> None:
     torch.ops.hhattn_cuda.norm_modulate(x, row, row.clone(), None, None, x.clone(), row.clone(), True, 1e-6)
 
 
+def norm_modulate_backward() -> None:
+    """Sums over more than a piece, own and shared by the batch."""
+    x, row = randn(2, 24, 1536, seed=1).to(BF16), randn(2, 2, 1536, seed=2).to(BF16)
+    args = (x.clone(), None, x, row, row[:1].clone(), None, None, x.clone(), row.clone(), True, 1e-6)
+    torch.ops.hhattn_cuda.norm_modulate_backward(*args)
+
+
 def _attention(gradients: bool) -> None:
     """Full and partial blocks of 128, two query heads for a key head."""
     q, k, v = (
@@ -39,12 +46,14 @@ def _attention(gradients: bool) -> None:
 
 CASES: dict[str, tuple[int, Callable[[], None]]] = {
     "norm_modulate": (80, norm_modulate),
+    "norm_modulate_backward": (80, norm_modulate_backward),
     "block_sparse_attention": (80, lambda: _attention(gradients=False)),
     "block_sparse_attention_backward": (80, lambda: _attention(gradients=True)),
 }
 
 #: Beginnings of lines outside of main loops that may cost so many times their minimum, and why that is little.
 KNOWN = {
+    "halves[0] = ": 2.0,  # float32 sums of norms over tokens, once in a piece of them
     "a.delta[at] = ": 2.0,  # a number a row and head, beside rows of dout and out; neighbours in a warp are heads
     "a.log2[at] = ": 2.0,
     "const uint2 both = ": 2.0,  # half a row of a partial block; the other half is in the cache

@@ -1,9 +1,9 @@
 // Rows of channels as the norms' kernels hold them: in registers, as float32, a few 128-bit vectors of channels a thread.
 //
 // A row belongs to blockDim.x threads, a warp having 32 * VECS * VEC channels side by side, a thread vector j * 32 + lane of these: so a
-// warp reads memory without gaps, and a thread's addresses differ by constants. VEC is 8 for 16-bit rows and 4 for float32 ones, 16 bytes each; 1 where a pointer, a
-// stride or the number of channels doesn't allow vectors. dtypes are looked at when a row is loaded: tensors may have any mixture,
-// and a branch that a whole warp takes costs little beside the memory that it waits for.
+// warp reads memory without gaps, and a thread's addresses differ by constants. VEC is 8 for 16-bit rows and 4 for float32 ones, 16
+// bytes each; 1 where a pointer, a stride or the number of channels doesn't allow vectors. dtypes are looked at when a row is loaded:
+// tensors may have any mixture, and a branch that a whole warp takes costs little beside the memory that it waits for.
 #pragma once
 #include "launch.cuh"
 
@@ -69,10 +69,11 @@ HH_DEVICE void store_vector(T* p, const float* v) {
     }
     if constexpr (WORDS == 2) {
       *reinterpret_cast<uint2*>(p) = uint2{words[0], words[1]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 4)
-        reinterpret_cast<uint4*>(p)[i / 4] = uint4{words[i], words[i + 1], words[i + 2], words[i + 3]};
+    } else if constexpr (WORDS == 4) {
+      *reinterpret_cast<uint4*>(p) = uint4{words[0], words[1], words[2], words[3]};
+    } else {  // float32 beside 16-bit rows: sums, and rows that many tokens share
+      auto* halves = reinterpret_cast<uint4*>(p);
+      halves[0] = uint4{words[0], words[1], words[2], words[3]}, halves[1] = uint4{words[4], words[5], words[6], words[7]};
     }
   }
 }
