@@ -19,7 +19,12 @@ def derivative() -> bool:
     return forward_mode() or any(level.key() in kinds for level in _functorch.get_interpreter_stack() or ())
 
 
+def active() -> bool:
+    """Whether any of them is under way, ``torch.func.vmap`` among them."""
+    return forward_mode() or bool(_functorch.get_interpreter_stack())
+
+
 # Dynamo, which enters the transforms it traces, calls these while tracing. It guards compiled code by the transforms
 # around it. (torch.compiler.assume_constant_result does the same, and imports Dynamo, which takes a second.)
-for _function in (forward_mode, derivative):
+for _function in (forward_mode, derivative, active):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

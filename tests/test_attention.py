@@ -10,6 +10,7 @@ import torch
 from conftest import NATIVE_ISAS
 from helpers import DEVICE, assert_close_to_fp64, randn, strided
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hhattn
 
@@ -73,21 +74,46 @@ def test_autocast() -> None:
     torch.testing.assert_close(out, hhattn.attention(q.bfloat16(), k, k), rtol=0, atol=0)
 
 
+@pytest.mark.cpu_only("the reason is that there is no GPU")
+def test_flash_is_refused_with_its_reason() -> None:
+    q = randn(1, 6, 2, 8)
+    with hhattn.use_impl("flash"), pytest.raises(RuntimeError, match=r"flash-attn (is not installed|runs on CUDA)"):
+        hhattn.attention(q, q, q)
+
+
 @pytest.mark.cpu_only("the native library is for the CPU")
 @pytest.mark.skipif(not NATIVE_ISAS, reason="the native library is not built")
 def test_chooses_the_native_kernel_where_it_is_faster() -> None:
-    q = randn(1, 100, 2, 8)
+    q = randn(1, 300, 2, 8)
+    few, long = q[:, :10], randn(1, 3000, 2, 8)
     with hhattn.use_impl("cpp"):
         hhattn.attention(q, q, q)
-        for refused, why in (
-            (q.bfloat16(), "matrix units"),
-            (q[:, :10], "10 tokens"),
-            (q.mT.contiguous().mT, "last dim"),
+        for args, causal, why in (
+            ((q.bfloat16(),) * 3, False, "matrix units"),
+            ((few, few, few), False, "10 tokens"),
+            ((q, q[:, :0], q[:, :0]), False, "k 0"),
+            ((q, long, long), True, "8 times as many keys"),
+            ((q.mT.contiguous().mT,) * 3, False, "last dim"),
         ):
             with pytest.raises(RuntimeError, match=why):
-                hhattn.attention(refused, refused, refused)
+                hhattn.attention(*args, causal=causal)
         with pytest.raises(RuntimeError, match="compiled function"):
             torch.compile(hhattn.attention, backend="eager")(q, q, q)
+        with pytest.raises(RuntimeError, match=r"torch.func"):
+            torch.vmap(hhattn.attention)(q[None], q[None], q[None])
+
+
+@pytest.mark.cpu_only("the native library is for the CPU")
+def test_what_the_native_kernel_does_not_know_goes_to_sdpa() -> None:
+    q = randn(3, 300, 2, 8)
+    each = torch.vmap(hhattn.attention)(q[:, None], q[:, None], q[:, None])
+    torch.testing.assert_close(each[:, 0], hhattn.attention(q, q, q))
+    traced = torch.jit.trace(lambda x: hhattn.attention(x, x, x), q)
+    torch.testing.assert_close(traced(q), hhattn.attention(q, q, q))
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+        assert hhattn.attention(fake, fake, fake).shape == q.shape
+    assert hhattn.attention(q, q[:, :0], q[:, :0]).shape == q.shape
 
 
 @pytest.mark.cpu_only("the reason is that there is no GPU")

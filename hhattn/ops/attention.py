@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hhattn import _dispatch, _ext
+from hhattn import _dispatch, _ext, _transforms
 from hhattn.ops import _amp, _check
 from hhattn.ops.block_sparse_attention import block_sparse_attention
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from hhattn.masks import BlockMask
 
 OP = "attention"
-FEW = 64  # queries below which SDPA is faster than the native kernel, which works in blocks of them
+FEW = 256  # queries below which SDPA is as fast as the native kernel, or faster
+LONG = 8  # times as many keys, of which a causal call's list of blocks takes longer to make than it saves
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, causal: bool = False) -> Tensor:
@@ -65,7 +66,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, causal: bool)
         attn_mask=mask,
         is_causal=causal and mask is None,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=bool(q.shape[2] != k.shape[2]),  # jit.trace makes tensors of sizes
     )
     return out.transpose(1, 2).contiguous()
 
@@ -114,10 +115,14 @@ def _cpp_can_run(
         return f"q is on {q.device}; cpp runs on the CPU"
     if q.dtype != torch.float32:
         return f"q is {q.dtype}, for which SDPA uses the CPU's matrix units"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "its list of blocks isn't made inside a compiled function"
-    if q.shape[1] < FEW:
-        return f"q has {q.shape[1]} tokens; below {FEW} SDPA is faster"
+    if _transforms.active() or any(type(x) not in (Tensor, torch.nn.Parameter) for x in (q, k, v)):
+        return "it has no rule for torch.func's transforms and for subclasses of tensors"
+    if q.shape[1] < FEW or k.shape[1] == 0:
+        return f"q has {q.shape[1]} tokens and k {k.shape[1]}; below {FEW} queries SDPA is as fast"
+    if causal and k.shape[1] > LONG * q.shape[1]:
+        return f"its list of blocks takes longer than it saves with more than {LONG} times as many keys as queries"
     if max(q.shape[3], v.shape[3]) > 256:
         return f"head dims up to 256, got D = {q.shape[3]} and Dv = {v.shape[3]}"
     strides = [f"{name} ({x.stride(3)})" for name, x in (("q", q), ("k", k), ("v", v)) if x.stride(3) != 1]
@@ -126,10 +131,14 @@ def _cpp_can_run(
 
 @lru_cache(maxsize=8)
 def _every_block(queries: int, keys: int, causal: bool) -> BlockMask:
-    from hhattn.masks import band
+    from hhattn.masks import BlockMask, band
 
+    size = (64, 128)
     with torch.inference_mode(False), torch.device("cpu"):  # it may serve training later, under another default
-        return band(queries, keys, right=0 if causal else None, block_size=(64, 128))
+        if causal:
+            return band(queries, keys, right=0, block_size=size)
+        blocks = torch.ones(1, 1, -(-queries // size[0]), -(-keys // size[1]), dtype=torch.bool)
+        return BlockMask.from_blocks(blocks, block_size=size, q_len=queries, k_len=keys)
 
 
 @_dispatch.register(OP, "cpp", _cpp_can_run)
