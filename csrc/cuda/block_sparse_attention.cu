@@ -9,6 +9,7 @@
 // 128 bytes a clock, would take as long as the tensor cores do. Tiles of keys and values follow one another through a ring of three:
 // one is worked on, one is on its way. Where a mask block has 64 queries, two warps hold them and the other two take the other half
 // of every tile's keys; their sums are added at the end.
+#include "block_sparse_exact.cuh"
 #include "block_sparse_lists.cuh"
 #include "block_sparse_tiles.cuh"
 #include "launch.cuh"
@@ -23,10 +24,10 @@ struct Shape {
   static constexpr int HEAD = HEAD_, KEY_WARPS = KEY_WARPS_;
   static constexpr int ATOMS = HEAD > 128 ? 1 : 2;  // 16 rows each, of a warp; beyond 128 dims the sums of two don't fit registers
   static constexpr int WARP_ROWS = 16 * ATOMS, ROWS = WARP_ROWS * WARPS / KEY_WARPS;
-  static constexpr int KEYS = HEAD > 128 ? 32 : 64, WARP_KEYS = KEYS / KEY_WARPS;
+  static constexpr int KEYS = HEAD > 128 || (HEAD > 64 && KEY_WARPS == 1) ? 32 : 64, WARP_KEYS = KEYS / KEY_WARPS;
   using Rows = Tile<HEAD>;
   static constexpr uint32_t SLOT = KEYS * Rows::PITCH, RING = 3 * SLOT;
-  static constexpr uint32_t SHARED = ROWS * Rows::PITCH + RING;
+  static constexpr uint32_t BITS = ROWS * Rows::PITCH + RING, SHARED = BITS + 8 * ROWS;  // q, keys and values, the mask's bits
 };
 
 constexpr float LAZY = 8;  // how far scores, to base 2, may pass m before sums are scaled anew
@@ -119,11 +120,14 @@ HH_DEVICE void join(Sums<S>& sums, uint32_t shared, int warp, int lane, float c)
   }
 }
 
-// out and lse of the warp's rows, `rows` of which are real, the first being query `first`.
+// out and lse of the warp's rows, `rows` of which are real, the first being query `start` of block `line`. Rows whose sums aren't
+// finite, though their weights are, are computed again: a weight of 0 may have met an infinite value.
 template <class S>
-HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t shared, int64_t batch, int head, int first, int rows,
-                     int lane, float c) {
+HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t shared, int64_t batch, int head, int line, int start,
+                     int rows, int lane, float c) {
+  const int64_t first = int64_t(line) * a.mask.bq + start;
   float factor[S::ATOMS][2];
+  uint32_t again[S::ATOMS][2];
 #pragma unroll
   for (int i = 0; i < S::ATOMS; ++i)
 #pragma unroll
@@ -134,13 +138,28 @@ HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t sha
       if (lane % 4 == 0 && row < rows)
         a.lse[(batch * a.heads + head) * a.q_len + first + row] =
             total == 0 ? -INFINITY : (sums.top[i][r] * c + ptx::log2(total)) * LN_2;
+      again[i][r] = not_finite(sums.out[i], r, total < INFINITY && row < rows);
     }
   uint16_t* out = static_cast<uint16_t*>(a.out) + ((batch * a.q_len + first) * a.heads + head) * a.v_dim;
   store_rows<typename S::T>(sums.out, factor, shared, out, int64_t(a.heads) * a.v_dim, rows, a.v_dim, lane);
+#pragma unroll
+  for (int i = 0; i < 2 * S::ATOMS; ++i) {
+    const float shift = sums.top[i / 2][i % 2] * c;
+    for_rows(again[i / 2][i % 2], [&](int row, int from) {
+      exact_row<typename S::T, S::HEAD>(a, batch, head, line, start + i * 8 + row, __shfl_sync(0xffffffffu, shift, from),
+                                        __shfl_sync(0xffffffffu, factor[i / 2][i % 2], from));
+    });
+  }
 }
 
+struct Problem {
+  BlockSparseArgs args;
+  Chunks q, k, v;
+};
+
 template <class S>
-__global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ BlockSparseArgs a) {
+__global__ void __launch_bounds__(THREADS, 2) forward(const __grid_constant__ Problem p) {
+  const BlockSparseArgs& a = p.args;
   DYNAMIC_SHARED(memory);
   const uint32_t shared = ptx::smem_address(memory), ring = shared + S::ROWS * S::Rows::PITCH;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -149,26 +168,25 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
   const int line = blockIdx.x / parts, start = blockIdx.x % parts * S::ROWS, head = blockIdx.y;
   const int first = line * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
   const int warp_row = warp % (WARPS / S::KEY_WARPS) * S::WARP_ROWS, warp_key = warp / (WARPS / S::KEY_WARPS) * S::WARP_KEYS;
-  const auto at = [](const Heads& x, int64_t b, int64_t h) {
-    return static_cast<const uint16_t*>(x.in.data) + b * x.batch + h * x.head;
-  };
-  const uint16_t *k = at(a.k, batch, head / (a.heads / a.kv_heads)), *v = at(a.v, batch, head / (a.heads / a.kv_heads));
+  const int kv_head = head / (a.heads / a.kv_heads);
+  const uint32_t k = p.k.offset(batch, kv_head), v = p.v.offset(batch, kv_head);
   const float c = a.scale * LOG2_E;
 
   auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, line, a.k_len);
-  const int steps = walk.steps();
-  const auto load = [&](uint32_t slot, const uint16_t* from, int64_t token, int dim, const Part& part) {
-    S::Rows::template copy<S::KEYS>(ring + slot, from + part.first * token, token, part.count, dim);
+  const auto load = [&](uint32_t slot, const Chunks& x, uint32_t offset, int dim, const Part& part) {
+    S::Rows::template copy<S::KEYS>(ring + slot, x, offset, part.first, part.count, dim);
   };
   const auto after = [](uint32_t slot) { return slot + S::SLOT == S::RING ? 0 : slot + S::SLOT; };
   Part part{};
-  if (steps > 0) {
+  bool more = walk.more();
+  if (more) {
     part = walk.next();
-    S::Rows::template copy<S::ROWS>(shared, at(a.q, batch, head) + first * a.q.token, a.q.token, rows, a.dim);
-    load(0, k, a.k.token, a.dim, part);
+    S::Rows::template copy<S::ROWS>(shared, p.q, p.q.offset(batch, head), first, rows, a.dim);
+    load(0, p.k, k, a.dim, part);
   }
+  if (more && part.tile >= 0) copy_bits<S::ROWS>(shared + S::BITS, a.mask, part.tile, start, rows, part.start & ~63);
   ptx::cp_async_commit();
-  if (steps > 0) load(S::SLOT, v, a.v.token, a.v_dim, part);
+  if (more) load(S::SLOT, p.v, v, a.v_dim, part);
   ptx::cp_async_commit();
 
   Sums<S> sums;
@@ -177,23 +195,24 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
   const uint32_t q_at = shared + warp_row * S::Rows::PITCH + S::Rows::a_rows(lane);
   const uint32_t k_at = ring + warp_key * S::Rows::PITCH + S::Rows::b_rows(lane);
   const uint32_t v_at = ring + warp_key * S::Rows::PITCH + S::Rows::b_columns(lane);
+  const uint32_t bits_at = shared + S::BITS + (warp_row + lane / 4) * 8;
   uint32_t slot = 0;  // of the keys; the values' comes next
-  for (int step = 1; step <= steps; ++step) {
+  while (more) {
     const uint32_t values = after(slot), ahead = after(values);
     Part next{};
+    more = walk.more();
     ptx::cp_async_wait<1>();
-    __syncthreads();  // keys are there, the last values done with
-    if (step < steps) {
+    __syncthreads();  // keys and bits are there, the last values done with
+    if (more) {
       next = walk.next();
-      load(ahead, k, a.k.token, a.dim, next);
+      load(ahead, p.k, k, a.dim, next);
     }
     ptx::cp_async_commit();
-    const bool masked = part.tile >= 0 || part.count < S::KEYS;
-    Kept<S::ATOMS, S::WARP_KEYS> kept;
-    if (masked) kept.load(a.mask, part, start + warp_row + lane / 4, start + rows, warp_key);
     float s[S::ATOMS][S::WARP_KEYS / 8][4];
     times_rows<typename S::T, S::HEAD>(s, q_at, k_at + slot);
-    if (masked) {
+    if (part.tile >= 0 || part.count < S::KEYS) {
+      Kept<S::ATOMS, S::WARP_KEYS> kept;
+      kept.load(bits_at, part, warp_key);
 #pragma unroll
       for (int i = 0; i < S::ATOMS * S::WARP_KEYS / 2; ++i) {
         const int atom = i / (S::WARP_KEYS / 2), j = i / 4 % (S::WARP_KEYS / 8);
@@ -202,8 +221,11 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
     }
     softmax<S>(s, sums, c);
     ptx::cp_async_wait<1>();
-    __syncthreads();  // values are there, the keys done with
-    if (step < steps) load(slot, v, a.v.token, a.v_dim, next);
+    __syncthreads();  // values are there, keys and bits done with
+    if (more && next.tile >= 0)
+      copy_bits<S::ROWS>(shared + S::BITS, a.mask, next.tile, start, rows, next.start & ~63);
+    ptx::cp_async_commit();
+    if (more) load(slot, p.v, v, a.v_dim, next);
     ptx::cp_async_commit();
     add_times<typename S::T, S::HEAD>(sums.out, s, v_at + values);
     slot = ahead;
@@ -214,7 +236,7 @@ __global__ void __launch_bounds__(THREADS) forward(const __grid_constant__ Block
     join<S>(sums, ring, warp, lane, c);
     if (warp_key) return;
   }
-  store<S>(sums, a, shared + warp_row * S::Rows::PITCH, batch, head, first + warp_row, rows - warp_row, lane, c);
+  store<S>(sums, a, shared + warp_row * S::Rows::PITCH, batch, head, line, start + warp_row, rows - warp_row, lane, c);
 }
 
 template <class T, int HEAD, int KEY_WARPS>
@@ -222,7 +244,8 @@ int run(const BlockSparseArgs& a, void* stream) {
   using S = Shape<T, HEAD, KEY_WARPS>;
   const int parts = (a.mask.bq + S::ROWS - 1) / S::ROWS;
   const dim3 grid(a.mask.lines * parts, a.heads, a.batch);
-  return launch("block_sparse_attention", forward<S>, grid, dim3(THREADS), S::SHARED, stream, a);
+  return launch("block_sparse_attention", forward<S>, grid, dim3(THREADS), S::SHARED, stream,
+                Problem{a, chunks(a.q), chunks(a.k), chunks(a.v)});
 }
 
 // Mask blocks are cut into tiles of 128 queries, or of 64 where that leaves less of the last one empty.
@@ -234,17 +257,12 @@ int by_rows(const BlockSparseArgs& a, void* stream) {
 
 template <class T>
 int by_head(const BlockSparseArgs& a, void* stream) {
-  const int dim = max(a.dim, a.v_dim);
-  if (dim <= 32) return by_rows<T, 32>(a, stream);
-  if (dim <= 64) return by_rows<T, 64>(a, stream);
-  if (dim <= 112) return by_rows<T, 112>(a, stream);
-  if (dim <= 128) return by_rows<T, 128>(a, stream);
-  return by_rows<T, 256>(a, stream);
+  return by_dim(max(a.dim, a.v_dim), [&](auto head) { return by_rows<T, head.value>(a, stream); });
 }
 
 }  // namespace
 }  // namespace hh
 
 extern "C" int hh_cuda_block_sparse_attention(const hh::BlockSparseArgs* args, void* stream) {
-  return args->q.in.dtype == hh::DType::f16 ? hh::by_head<hh::f16>(*args, stream) : hh::by_head<hh::bf16>(*args, stream);
+  return hh::by_type(args->q.in.dtype, [&](auto type) { return hh::by_head<decltype(type)>(*args, stream); });
 }

@@ -6,16 +6,13 @@
 //
 // dq goes along lists of keys, dk and dv along lists of queries. Every sum is made by one block in the order of its list, so
 // gradients are the same bits every time, without atomics.
+#include "block_sparse_exact_backward.cuh"
 #include "block_sparse_lists.cuh"
 #include "block_sparse_tiles.cuh"
 #include "launch.cuh"
 
 namespace hh {
 namespace {
-
-HH_DEVICE const uint16_t* head_of(const Heads& x, int64_t batch, int64_t head) {
-  return static_cast<const uint16_t*>(x.in.data) + batch * x.batch + head * x.head;
-}
 
 // delta, and lse to base 2, +inf where a query attends nothing, so that its weights are 0. LANES lanes take a row.
 template <class T>
@@ -43,6 +40,11 @@ __global__ void __launch_bounds__(THREADS) delta(const __grid_constant__ BlockSp
   }
 }
 
+struct Problem {
+  BlockSparseBackwardArgs args;
+  Chunks q, k, v, dout;
+};
+
 // dq of 64 queries (32 beyond 128 dims): two warps share the rows of each other two, and take the other half of every tile's keys.
 template <class Type, int HEAD_>
 struct DqShape {
@@ -51,11 +53,12 @@ struct DqShape {
   static constexpr int KEYS = HEAD > 128 ? 32 : 64, WARP_KEYS = KEYS / 2;
   using Rows = Tile<HEAD>;
   static constexpr uint32_t QUERIES = ROWS * Rows::PITCH, SLOT = KEYS * Rows::PITCH;
-  static constexpr uint32_t SHARED = 2 * QUERIES + 3 * SLOT;  // q, do, keys twice, values
+  static constexpr uint32_t BITS = 2 * QUERIES + 3 * SLOT, SHARED = BITS + 16 * ROWS;  // q, do, keys twice, values; bits twice
 };
 
 template <class S>
-__global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ BlockSparseBackwardArgs a) {
+__global__ void __launch_bounds__(THREADS, 2) backward_dq(const __grid_constant__ Problem problem) {
+  const BlockSparseBackwardArgs& a = problem.args;
   using T = typename S::T;
   using Rows = typename S::Rows;
   DYNAMIC_SHARED(memory);
@@ -68,21 +71,26 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
   const int first = line * a.mask.bq + start, rows = min(a.mask.bq - start, a.q_len - first);
   const int warp_row = warp % 2 * S::WARP_ROWS, warp_key = warp / 2 * S::WARP_KEYS;
   const int kv_head = head / (a.heads / a.kv_heads);
-  const uint16_t *k = head_of(a.k, batch, kv_head), *v = head_of(a.v, batch, kv_head);
+  const uint32_t k = problem.k.offset(batch, kv_head), v = problem.v.offset(batch, kv_head);
   const float c = a.scale * LOG2_E;
 
   auto walk = Walk<S::KEYS>::keys(a.mask, batch, head, line, a.k_len);
-  const int steps = walk.steps();
-  const auto load = [&](uint32_t to, const uint16_t* from, int64_t token, int dim, const Part& part) {
-    Rows::template copy<S::KEYS>(to, from + part.first * token, token, part.count, dim);
+  const auto load = [&](uint32_t to, const Chunks& x, uint32_t offset, int dim, const Part& part) {
+    Rows::template copy<S::KEYS>(to, x, offset, part.first, part.count, dim);
+  };
+  const auto load_bits = [&](const Part& part, int odd) {
+    if (part.tile >= 0)
+      copy_bits<S::ROWS>(q_tile + S::BITS + odd * 8 * S::ROWS, a.mask, part.tile, start, rows, part.start & ~63);
   };
   Part part{};
-  if (steps > 0) {
+  bool more = walk.more();
+  if (more) {
     part = walk.next();
-    Rows::template copy<S::ROWS>(q_tile, head_of(a.q, batch, head) + first * a.q.token, a.q.token, rows, a.dim);
-    Rows::template copy<S::ROWS>(do_tile, head_of(a.dout, batch, head) + first * a.dout.token, a.dout.token, rows, a.v_dim);
-    load(keys, k, a.k.token, a.dim, part);
-    load(values, v, a.v.token, a.v_dim, part);
+    load_bits(part, 0);
+    Rows::template copy<S::ROWS>(q_tile, problem.q, problem.q.offset(batch, head), first, rows, a.dim);
+    Rows::template copy<S::ROWS>(do_tile, problem.dout, problem.dout.offset(batch, head), first, rows, a.v_dim);
+    load(keys, problem.k, k, a.dim, part);
+    load(values, problem.v, v, a.v_dim, part);
   }
   ptx::cp_async_commit();
 
@@ -95,23 +103,21 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
     delta[i / 2][i % 2] = row < rows ? a.delta[at] : 0.0f;
   }
   const uint32_t q_at = q_tile + warp_row * Rows::PITCH + Rows::a_rows(lane), do_at = q_at + S::QUERIES;
-  uint32_t slot = 0;
-  for (int step = 1; step <= steps; ++step) {
-    const uint32_t key = keys + slot + warp_key * Rows::PITCH;
+  for (int odd = 0; more; odd ^= 1) {
+    more = walk.more();
+    const uint32_t key = keys + odd * S::SLOT + warp_key * Rows::PITCH;
     Part next{};
     ptx::cp_async_wait<0>();
     __syncthreads();  // keys and values are there, the other keys done with
-    if (step < steps) {
+    if (more) {
       next = walk.next();
-      load(keys + (slot ^ S::SLOT), k, a.k.token, a.dim, next);
+      load(keys + (odd ^ 1) * S::SLOT, problem.k, k, a.dim, next);
+      load_bits(next, odd ^ 1);
     }
-    const bool masked = part.tile >= 0 || part.count < S::KEYS;
-    Kept<S::ATOMS, S::WARP_KEYS> kept;
-    if (masked) kept.load(a.mask, part, start + warp_row + lane / 4, start + rows, warp_key);
     float ds[S::ATOMS][S::WARP_KEYS / 8][4], s[S::ATOMS][S::WARP_KEYS / 8][4];
     times_rows<T, S::HEAD>(ds, do_at, values + warp_key * Rows::PITCH + Rows::b_rows(lane));
     __syncthreads();  // the values are done with
-    if (step < steps) load(values, v, a.v.token, a.v_dim, next);
+    if (more) load(values, problem.v, v, a.v_dim, next);
     ptx::cp_async_commit();
     times_rows<T, S::HEAD>(s, q_at, key + Rows::b_rows(lane));
 #pragma unroll
@@ -121,7 +127,9 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           ds[i][j][e] = ptx::exp2(fmaf(s[i][j][e], c, -log2[i][e / 2])) * (ds[i][j][e] - delta[i][e / 2]);
-    if (masked) {
+    if (part.tile >= 0 || part.count < S::KEYS) {
+      Kept<S::ATOMS, S::WARP_KEYS> kept;
+      kept.load(q_tile + S::BITS + (odd * S::ROWS + warp_row + lane / 4) * 8, part, warp_key);
 #pragma unroll
       for (int i = 0; i < S::ATOMS * S::WARP_KEYS / 2; ++i) {
         const int atom = i / (S::WARP_KEYS / 2), j = i / 4 % (S::WARP_KEYS / 8);
@@ -129,7 +137,6 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
       }
     }
     add_times<T, S::HEAD>(dq, ds, key + Rows::b_columns(lane));
-    slot ^= S::SLOT;
     part = next;
   }
   ptx::cp_async_wait<0>();
@@ -144,11 +151,19 @@ __global__ void __launch_bounds__(THREADS) backward_dq(const __grid_constant__ B
   for (int i = 0; i < S::ATOMS * S::HEAD / 2; ++i)
     dq[i / (S::HEAD / 2)][i / 4 % (S::HEAD / 8)][i % 4] += __uint_as_float(ptx::load_shared(mine + 128 * i));
   float factor[S::ATOMS][2];
+  uint32_t again[S::ATOMS][2];
 #pragma unroll
-  for (int i = 0; i < 2 * S::ATOMS; ++i) factor[i / 2][i % 2] = a.scale;
+  for (int i = 0; i < 2 * S::ATOMS; ++i) {
+    factor[i / 2][i % 2] = a.scale;
+    again[i / 2][i % 2] = not_finite(dq[i / 2], i % 2, warp_row + i * 8 + lane / 4 < rows);
+  }
   __syncwarp();
   uint16_t* to = static_cast<uint16_t*>(a.dq) + ((batch * a.q_len + first + warp_row) * a.heads + head) * a.dim;
   store_rows<T>(dq, factor, values + warp_row * Rows::PITCH, to, int64_t(a.heads) * a.dim, rows - warp_row, a.dim, lane);
+  if (!a.mask.counts[(batch * a.mask.batch + head * a.mask.head) * a.mask.lines + line]) return;  // nothing is masked
+#pragma unroll
+  for (int i = 0; i < 2 * S::ATOMS; ++i)
+    for_rows(again[i / 2][i % 2], [&](int row, int) { exact_dq<T>(a, batch, head, line, start + warp_row + i * 8 + row); });
 }
 
 // dk and dv of 64 keys, 16 a warp, whose rows of k and v stay in registers; beyond 128 dims of 32 keys, and of the sums, which fill
@@ -167,7 +182,8 @@ struct DkvShape {
 };
 
 template <class S>
-__global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ BlockSparseBackwardArgs a) {
+__global__ void __launch_bounds__(THREADS, 2) backward_dkv(const __grid_constant__ Problem problem) {
+  const BlockSparseBackwardArgs& a = problem.args;
   using T = typename S::T;
   using Rows = typename S::Rows;
   DYNAMIC_SHARED(memory);
@@ -181,8 +197,8 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
   const int warp_row = warp / S::HALVES * 16, half = warp % S::HALVES * S::WIDTH * 2;  // in bytes
   const float c = a.scale * LOG2_E;
 
-  Rows::template copy<S::ROWS>(k_tile, head_of(a.k, batch, kv_head) + first * a.k.token, a.k.token, rows, a.dim);
-  Rows::template copy<S::ROWS>(v_tile, head_of(a.v, batch, kv_head) + first * a.v.token, a.v.token, rows, a.v_dim);
+  Rows::template copy<S::ROWS>(k_tile, problem.k, problem.k.offset(batch, kv_head), first, rows, a.dim);
+  Rows::template copy<S::ROWS>(v_tile, problem.v, problem.v.offset(batch, kv_head), first, rows, a.v_dim);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -195,37 +211,32 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
 
   float dk[1][S::WIDTH / 8][4] = {}, dv[1][S::WIDTH / 8][4] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    const uint16_t *q = head_of(a.q, batch, head), *dout = head_of(a.dout, batch, head);
+    const uint32_t q = problem.q.offset(batch, head), dout = problem.dout.offset(batch, head);
     const float* numbers = (threadIdx.x < S::QUERIES ? a.log2 : a.delta) + (batch * a.heads + head) * a.q_len;
     auto walk = Walk<S::QUERIES>::queries(mask, batch, head, line, a.q_len);
-    const int steps = walk.steps();
     // Starts bringing a tile of queries to the half of shared memory that `odd` says.
     const auto load = [&](const Part& part, int odd) {
-      Rows::template copy<S::QUERIES>(shared + odd * 2 * S::SLOT, q + part.first * a.q.token, a.q.token, part.count, a.dim);
-      Rows::template copy<S::QUERIES>(shared + odd * 2 * S::SLOT + S::SLOT, dout + part.first * a.dout.token, a.dout.token,
-                                      part.count, a.v_dim);
+      Rows::template copy<S::QUERIES>(shared + odd * 2 * S::SLOT, problem.q, q, part.first, part.count, a.dim);
+      Rows::template copy<S::QUERIES>(shared + odd * 2 * S::SLOT + S::SLOT, problem.dout, dout, part.first, part.count,
+                                      a.v_dim);
       const int row = threadIdx.x % S::QUERIES;
       if (threadIdx.x < 2 * S::QUERIES)
         ptx::cp_async<4>(shared + S::NUMBERS + odd * 8 * S::QUERIES + threadIdx.x * 4, numbers + part.first + row,
                          row < part.count ? 4 : 0);
+      if (part.tile >= 0)
+        copy_bits<S::QUERIES>(shared + S::BITS + odd * 8 * S::QUERIES, mask, part.tile, part.start, part.count, start & ~63);
       ptx::cp_async_commit();
-      if (threadIdx.x < S::QUERIES && (part.tile >= 0 || part.count < S::QUERIES)) {
-        uint32_t words[2] = {~0u, ~0u};
-        if (row >= part.count) words[0] = words[1] = 0;
-        else if (part.tile >= 0) mask_words(words, mask, part.tile, part.start + row, start & ~63);
-        ptx::store_shared2(shared + S::BITS + odd * 8 * S::QUERIES + row * 8, uint2{words[0], words[1]});
-      }
     };
     __syncthreads();  // k and v, or the last head's queries, are done with
     Part part{};
-    if (steps > 0) load(part = walk.next(), 0);
-    for (int step = 1; step <= steps; ++step) {
-      const int odd = (step - 1) % 2;
+    bool more = walk.more();
+    if (more) load(part = walk.next(), 0);
+    for (int odd = 0; more; odd ^= 1) {
       Part next{};
+      more = walk.more();
       ptx::cp_async_wait<0>();
       __syncthreads();  // queries are there, those before done with
-      if (step < steps) load(next = walk.next(), odd ^ 1);
-      const bool masked = part.tile >= 0 || part.count < S::QUERIES;
+      if (more) load(next = walk.next(), odd ^ 1);
       const uint32_t q_tile = shared + odd * 2 * S::SLOT, numbers_at = shared + S::NUMBERS + odd * 8 * S::QUERIES,
                      bits = shared + S::BITS + odd * 8 * S::QUERIES;
 #pragma unroll 1
@@ -248,7 +259,10 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
           const float log2 = __uint_as_float(ptx::load_shared(numbers_at + query * 4));
           const float delta = __uint_as_float(ptx::load_shared(numbers_at + (S::QUERIES + query) * 4));
           uint32_t word = ~0u;
-          if (masked) word = ptx::load_shared(bits + query * 8 + (start + warp_row) / 32 % 2 * 4) >> ((start + warp_row) % 32 + lane / 4);
+          if (part.tile >= 0)
+            word = ptx::load_shared(bits + query * 8 + (start + warp_row) / 32 % 2 * 4) >> ((start + warp_row) % 32 + lane / 4);
+          else if (query >= part.count)
+            word = 0;
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             float &x = p[0][i / 2][2 * r + i % 2], &y = ds[0][i / 2][2 * r + i % 2];
@@ -273,22 +287,28 @@ __global__ void __launch_bounds__(THREADS) backward_dkv(const __grid_constant__ 
                 a.dim - half / 2, lane);
   store_rows<T>(dv, plain, mine, static_cast<uint16_t*>(a.dv) + row * a.v_dim + half / 2, int64_t(a.kv_heads) * a.v_dim,
                 rows - warp_row, a.v_dim - half / 2, lane);
+  if constexpr (S::HALVES > 1) __syncthreads();  // what another warp stored, this one may store again
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    for_rows(not_finite(dk[0], r, warp_row + r * 8 + lane / 4 < rows) | not_finite(dv[0], r, warp_row + r * 8 + lane / 4 < rows),
+             [&](int row, int) { exact_dkv<T>(a, batch, kv_head, line, start + warp_row + r * 8 + row); });
 }
 
 template <class T, int HEAD>
 int run(const BlockSparseBackwardArgs& a, void* stream) {
   using Q = DqShape<T, HEAD>;
   using KV = DkvShape<T, HEAD>;
+  const Problem problem{a, chunks(a.q), chunks(a.k), chunks(a.v), chunks(a.dout)};
   int error = 0;
   if (a.dq) {
     const int parts = (a.mask.bq + Q::ROWS - 1) / Q::ROWS;
     error = launch("block_sparse_attention_dq", backward_dq<Q>, dim3(a.mask.lines * parts, a.heads, a.batch), dim3(THREADS),
-                   Q::SHARED, stream, a);
+                   Q::SHARED, stream, problem);
   }
   if (a.dk && !error) {
     const int parts = (a.mask.bk + KV::ROWS - 1) / KV::ROWS;
     error = launch("block_sparse_attention_dkv", backward_dkv<KV>, dim3(a.by_key.lines * parts, a.kv_heads, a.batch),
-                   dim3(THREADS), KV::SHARED, stream, a);
+                   dim3(THREADS), KV::SHARED, stream, problem);
   }
   return error;
 }
@@ -300,17 +320,12 @@ int by_head(const BlockSparseBackwardArgs& a, void* stream) {
   const int64_t rows = int64_t(a.batch) * a.q_len * a.heads, each = THREADS / lanes;
   const int error = launch("block_sparse_attention_delta", delta<T>, dim3((rows + each - 1) / each), dim3(THREADS), 0, stream, a, lanes);
   if (error) return error;
-  const int dim = max(a.dim, a.v_dim);
-  if (dim <= 32) return run<T, 32>(a, stream);
-  if (dim <= 64) return run<T, 64>(a, stream);
-  if (dim <= 112) return run<T, 112>(a, stream);
-  if (dim <= 128) return run<T, 128>(a, stream);
-  return run<T, 256>(a, stream);
+  return by_dim(max(a.dim, a.v_dim), [&](auto head) { return run<T, head.value>(a, stream); });
 }
 
 }  // namespace
 }  // namespace hh
 
 extern "C" int hh_cuda_block_sparse_attention_backward(const hh::BlockSparseBackwardArgs* args, void* stream) {
-  return args->q.in.dtype == hh::DType::f16 ? hh::by_head<hh::f16>(*args, stream) : hh::by_head<hh::bf16>(*args, stream);
+  return hh::by_type(args->q.in.dtype, [&](auto type) { return hh::by_head<decltype(type)>(*args, stream); });
 }

@@ -34,7 +34,7 @@ HH_DEVICE void exact_row(const BlockSparseArgs& a, int batch, int head, int bloc
         score = fmaf(s.x, t.x, fmaf(s.y, t.y, score));
       }
     }
-    const float weight = kept ? ptx::exp2(fmaf(score, c, -shift)) : 0.0f;
+    const float weight = kept ? ptx::to_float(ptx::from_float<T>(ptx::exp2(fmaf(score, c, -shift)))) : 0.0f;  // as tiles have it
 #pragma unroll 1
     for (int j = 0; j < part.count; ++j) {
       const float w = __shfl_sync(0xffffffffu, weight, j);

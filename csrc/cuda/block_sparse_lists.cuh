@@ -39,6 +39,8 @@ class Walk {
   }
   // How often next() may be called; asked before the first time.
   HH_DEVICE int steps() const { return (max(left_, 0) + partials_) * parts(); }
+  // Whether next() may be called once more.
+  HH_DEVICE bool more() const { return left_ > -partials_; }
   HH_DEVICE Part next() {
     const Part out{number_ * block_ + start_, start_, min(min(SIZE, block_ - start_), length_ - number_ * block_ - start_), tile_};
     start_ += SIZE;
@@ -71,27 +73,20 @@ class Walk {
   int start_ = 0, number_ = 0, tile_ = -1;
 };
 
-// Bits [start, start + 32 N) of row `row` of a tile of bits; 0 beyond the tile. start is a multiple of 32 N.
-template <int N>
-HH_DEVICE void mask_words(uint32_t (&words)[N], const BlockSparseMask& m, int tile, int row, int start) {
-  static_assert(N == 1 || N == 2);
-  const int width = (m.bk + 7) / 8;
-  const uint8_t* at = m.bits + (static_cast<int64_t>(tile) * m.bq + row) * width + start / 8;
-  if (start >= m.bk) {
-    for (uint32_t& word : words) word = 0;
-  } else if (m.bk % (32 * N) == 0) {
-    if constexpr (N == 2) {
-      const uint2 both = *reinterpret_cast<const uint2*>(at);
-      words[0] = both.x, words[1] = both.y;
-    } else {
-      words[0] = *reinterpret_cast<const uint32_t*>(at);
-    }
-  } else {  // rare: rows of bits aren't aligned
+// Starts bringing a tile's bits of 64 keys, `start` being a multiple of 64, to shared memory: 8 bytes each of ROWS rows from `row` on, of
+// which the first `rows` are real and the others get 0. They are there after a wait for copies and a barrier.
+template <int ROWS>
+HH_DEVICE void copy_bits(uint32_t to, const BlockSparseMask& m, int tile, int row, int rows, int start) {
+  const int i = threadIdx.x, width = (m.bk + 7) / 8;
+  if (i >= ROWS) return;
+  const uint8_t* from = m.bits + (static_cast<int64_t>(tile) * m.bq + row + i) * width + start / 8;
+  if (m.bk % 64 == 0) {
+    ptx::cp_async<8>(to + 8 * i, from, i < rows ? 8 : 0);
+  } else {  // rows of bits aren't aligned
     uint64_t bits = 0;
 #pragma unroll 1
-    for (int i = min(4 * N, width - start / 8) - 1; i >= 0; --i) bits = bits << 8 | at[i];
-    words[0] = static_cast<uint32_t>(bits);
-    if constexpr (N == 2) words[1] = static_cast<uint32_t>(bits >> 32);
+    for (int at = i < rows ? min(8, width - start / 8) : 0; at > 0; --at) bits = bits << 8 | from[at - 1];
+    ptx::store_shared2(to + 8 * i, uint2{static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)});
   }
 }
 
@@ -112,19 +107,19 @@ struct Kept {
   static constexpr int WORDS = (KEYS + 31) / 32;
   uint32_t words[ATOMS][2][WORDS] = {};
 
-  // `row` is the lane's first in the mask's block, of whose rows those from `rows` on are not computed; `key` the warp's first of `part`.
-  HH_DEVICE void load(const BlockSparseMask& m, const Part& part, int row, int rows, int key) {
+  // `bits` is where copy_bits brought the lane's first row; `key` the warp's first of `part`.
+  HH_DEVICE void load(uint32_t bits, const Part& part, int key) {
 #pragma unroll
     for (int a = 0; a < ATOMS; ++a)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int at = row + a * 16 + r * 8;
-        if (part.tile < 0)
+        if (part.tile < 0) {
           first_words(words[a][r], key / 32 * 32, part.count);
-        else if (at < rows)
-          mask_words(words[a][r], m, part.tile, at, part.start + key / 32 * 32);
-        else
-          first_words(words[a][r], 0, 0);
+        } else {
+          const uint32_t at = bits + (a * 16 + r * 8) * 8 + (part.start + key) / 32 % 2 * 4;
+#pragma unroll
+          for (int w = 0; w < WORDS; ++w) words[a][r][w] = ptx::load_shared(at + 4 * w);
+        }
         if constexpr (KEYS < 32) words[a][r][0] >>= key % 32;
       }
   }

@@ -1,10 +1,22 @@
 // Rows of a head in shared memory, and the fragments of matrix products made of them.
 #pragma once
+#include "args.h"
 #include "ptx.cuh"
 
 namespace hh {
 
 inline constexpr int WARPS = 4, THREADS = 32 * WARPS;  // of a block
+
+// A tensor [B, S, H, D] of 16-bit values, its strides and offsets in it counted in chunks of 16 bytes, so that 32 bits reach 64 GB.
+struct Chunks {
+  const uint4* data;
+  uint32_t batch, token, head;
+
+  HH_DEVICE uint32_t offset(uint32_t b, uint32_t h) const { return b * batch + h * head; }
+};
+inline Chunks chunks(const Heads& x) {
+  return {static_cast<const uint4*>(x.in.data), uint32_t(x.batch / 8), uint32_t(x.token / 8), uint32_t(x.head / 8)};
+}
 
 // Rows of HEAD 16-bit values, `PITCH` bytes apart. Chunks of 16 bytes are swapped within a row so that the same chunk of 8 rows, which
 // ldmatrix reads at once, and 8 chunks of a row, which copies write, lie on different banks. Tiles begin on an edge of 1024 bytes:
@@ -18,19 +30,19 @@ struct Tile {
     return row * PITCH + ((chunk ^ (PITCH == 64 ? row / 2 % 4 : row % 8)) * 16);
   }
 
-  // Starts copying ROWS rows, `stride` elements apart, `dim` elements of each; 0 beyond `dim` and beyond `count` rows.
+  // Starts copying ROWS tokens from number `at` on, `dim` elements of each, of the head at `offset`; 0 beyond `dim` and `count` tokens.
   template <int ROWS>
-  static HH_DEVICE void copy(uint32_t to, const uint16_t* from, int64_t stride, int count, int dim) {
+  static HH_DEVICE void copy(uint32_t to, const Chunks& x, uint32_t offset, int at, int count, int dim) {
     const int column = threadIdx.x % COLUMNS, first = threadIdx.x / COLUMNS;
     constexpr int STEP = THREADS / COLUMNS;
     static_assert(ROWS % STEP == 0);
     if (column >= CHUNKS) return;
     if (column * 8 >= dim) count = 0;
-    const uint16_t* source = from + first * stride + column * 8;
+    uint32_t source = offset + (at + first) * x.token + column;
 #pragma unroll
-    for (int i = 0; i < ROWS / STEP; ++i, source += STEP * stride) {
+    for (int i = 0; i < ROWS / STEP; ++i, source += STEP * x.token) {
       const int row = first + i * STEP;
-      ptx::cp_async<16>(to + place(row, column), source, row < count ? 16 : 0);  // of 0 bytes the source isn't read
+      ptx::cp_async<16>(to + place(row, column), x.data + source, row < count ? 16 : 0);  // of 0 bytes the source isn't read
     }
   }
 
@@ -117,6 +129,50 @@ HH_DEVICE void store_rows(const float (&x)[ATOMS][N][4], const float (&factor)[A
       *reinterpret_cast<uint4*>(to + row * stride + column * 8) = ptx::load_shared4(shared + Rows::place(row, column));
   }
   __syncwarp();
+}
+
+// Lanes of which row r of the sums, where `there`, holds what isn't finite.
+template <int N>
+HH_DEVICE uint32_t not_finite(const float (&x)[N][4], int r, bool there) {
+  float zero = 0;
+#pragma unroll
+  for (int d = 0; d < N; ++d) zero = fmaf(x[d][2 * r], 0.0f, fmaf(x[d][2 * r + 1], 0.0f, zero));
+  return __ballot_sync(0xffffffffu, zero != 0 && there);
+}
+
+// f(row, lane) for each of 8 rows of a fragment of which lanes say so: `lanes` is the ballot, row one of them and lane one that has it.
+template <class F>
+HH_DEVICE void for_rows(uint32_t lanes, const F& f) {
+#pragma unroll 1
+  for (int row = 0; row < 8; ++row)
+    if (lanes >> 4 * row & 15) f(row, 4 * row);
+}
+
+// f with the least HEAD that serves `dim`. HH_HEAD_DIMS leaves one, and HH_ONE_DTYPE one type, for compilations of a single kernel.
+template <int HEAD>
+struct Dim {
+  static constexpr int value = HEAD;
+};
+template <class F>
+int by_dim(int dim, const F& f) {
+#ifdef HH_HEAD_DIMS
+  return dim <= HH_HEAD_DIMS ? f(Dim<HH_HEAD_DIMS>{}) : 1;
+#else
+  if (dim <= 32) return f(Dim<32>{});
+  if (dim <= 64) return f(Dim<64>{});
+  if (dim <= 112) return f(Dim<112>{});
+  if (dim <= 128) return f(Dim<128>{});
+  return f(Dim<256>{});
+#endif
+}
+template <class F>
+int by_type(DType type, const F& f) {
+#ifdef HH_ONE_DTYPE
+  (void)type;
+  return f(HH_ONE_DTYPE{});
+#else
+  return type == DType::f16 ? f(f16{}) : f(bf16{});
+#endif
 }
 
 }  // namespace hh

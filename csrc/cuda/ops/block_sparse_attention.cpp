@@ -46,6 +46,9 @@ Heads heads(Call& call, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.size(3) % 8 == 0 && t.size(3) <= 256, name, " must have a head dim that is a multiple of 8, up to 256");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(out.in.data) % 16 == 0 && out.batch % 8 == 0 && out.token % 8 == 0 && out.head % 8 == 0,
                   name, " must have rows on edges of 16 bytes");
+  int64_t last = 0;
+  for (int64_t d = 0; d < 3; ++d) last += (t.size(d) - 1) * step(t, d);
+  STD_TORCH_CHECK(last / 8 < std::numeric_limits<uint32_t>::max() - 32, name, " reaches beyond 64 GB");
   return out;
 }
 
