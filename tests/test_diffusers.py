@@ -327,3 +327,39 @@ def test_ltx2_variants() -> None:
     model = ltx.model()
     with hhattn.swap(model), pytest.raises(ValueError, match="attention_mask must be None"):
         model(**ltx.inputs(torch.float32), video_self_attention_mask=torch.ones(2, TOKENS, TOKENS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo 1.5", "Mochi"])
+def test_padding_is_cut_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text's own keys, without a mask; both at once where no text has padding."""
+    padded = family(name)
+    model, inputs = padded.model(), padded.inputs(torch.float32)
+    full = {key: torch.ones_like(x) if "attention_mask" in key else x for key, x in inputs.items()}
+    seen, attention = [], hhattn.attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen.append((len(q), k.shape[1]))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(hhattn, "attention", spy)
+    for given in (inputs, full):
+        before = model(**given, return_dict=False)[0]
+        with hhattn.swap(model):
+            assert relative(model(**given, return_dict=False)[0], before) <= 2e-5
+    tokens, layers = TOKENS + padded.text_len, len(padded.attentions(model))
+    second = tokens - 5 if name == "HunyuanVideo 1.5" else tokens - 3  # texts of 4 of 7 and 1 of 3 tokens
+    assert seen == [(1, tokens), (1, second)] * layers + [(2, tokens)] * layers
+
+
+@torch.no_grad()
+def test_padding_amid_the_text_is_masked() -> None:
+    layer = family("HunyuanVideo").model().transformer_blocks[0].attn
+    x, text = randn(1, 6, 32, seed=1), randn(1, 4, 32, seed=2)
+    mask = torch.tensor([True] * 7 + [False] + [True] * 2)[None, None, None]
+    expected = layer(x, encoder_hidden_states=text, attention_mask=mask)
+    model = family("HunyuanVideo").model()
+    with hhattn.swap(model):
+        got = model.transformer_blocks[0].attn(x, encoder_hidden_states=text, attention_mask=mask)
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) <= 2e-5

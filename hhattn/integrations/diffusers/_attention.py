@@ -19,15 +19,46 @@ KEPT = 8  # masks of other grids and texts are kept for the next call
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 # (model, positional arguments, keyword arguments of its forward) -> the grid of tokens that its blocks see
 LayoutOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], VideoLayout]
-
 # the same -> masks [B, n] of the texts that self-attention takes, not 0 where a token is no padding
 TextsOf = Callable[[Any, tuple[Any, ...], dict[str, Any]], list[Tensor]]
 
 
-def attend_all(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """Dense attention; padding is attended by nobody."""
-    if valid is None:
-        return hhattn.attention(q, k, v)
+class KeyLens:
+    """How many tokens of each batch entry are no padding, read from the device once for all layers of a call."""
+
+    def __init__(self) -> None:
+        self._seen: Callable[[], Tensor | None] = lambda: None
+        self._lens: tuple[int, ...] | None = None
+
+    def of(self, valid: Tensor) -> tuple[int, ...] | None:
+        """valid [B, S] -> a number for each entry; None where padding is not at the end."""
+        if self._seen() is not valid:
+            holes = (valid[:, 1:] & ~valid[:, :-1]).any(1)
+            lens, found = torch.stack([valid.sum(1), holes]).tolist()
+            self._lens, self._seen = None if any(found) else tuple(lens), ref(valid)
+        return self._lens
+
+
+class DenseAttention:
+    """Attention to everything but padding. Padding at the end is cut off, entry by entry, so that no mask is needed."""
+
+    def __init__(self) -> None:
+        self._lens = KeyLens()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None:
+            return hhattn.attention(q, k, v)
+        # compiled code would be compiled anew for each length
+        lens = None if torch.compiler.is_compiling() else self._lens.of(valid)
+        if lens is None or len(lens) != len(k):
+            return _under_mask(q, k, v, valid)
+        if min(lens) == k.shape[1]:
+            return hhattn.attention(q, k, v)
+        parts = zip(q.split(1), k.split(1), v.split(1), lens, strict=True)
+        return torch.cat([hhattn.attention(q, k[:, :n], v[:, :n]) for q, k, v, n in parts])
+
+
+def _under_mask(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None], enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
@@ -161,22 +192,35 @@ class NoPadding:
     """Refuses padded texts, for attention that makes masks from q and k, which padding would be part of."""
 
     def __init__(self, what: str) -> None:
-        self.what = what
-        self._seen: Callable[[], Tensor | None] = lambda: None  # the last mask found to be without padding
+        self.what, self._lens = what, KeyLens()
 
     def check(self, valid: Tensor | None) -> None:
-        """ValueError if ``valid`` leaves a token out."""
-        if valid is not None and valid is not self._seen():
-            if not bool(valid.all()):
-                raise ValueError(f"attention is a {self.what}, which takes no padded texts: give texts of one length")
-            self._seen = ref(valid)
+        """ValueError if ``valid`` leaves a token out. Compiled code can't say; the hook refuses before."""
+        if valid is None or torch.compiler.is_compiling():
+            return
+        lens = self._lens.of(valid)
+        if lens is None or min(lens) < valid.shape[1]:
+            self._refuse()
+
+    def hook(self, texts_of: TextsOf) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
+        """The same before a model's forward."""
+
+        @torch._disable_dynamo
+        def see(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _text_lens(texts_of(model, args, kwargs)) is not None:
+                self._refuse()
+
+        return see
+
+    def _refuse(self) -> None:
+        raise ValueError(f"attention is a {self.what}, which takes no padded texts: give texts of one length")
 
 
 class PlannedAttention:
     """Attention as a plan says, which makes masks from q and k."""
 
-    def __init__(self, plan: LayerPlan) -> None:
-        self.plan, self._padding = plan, NoPadding("SparsityPlan")
+    def __init__(self, plan: LayerPlan, padding: NoPadding) -> None:
+        self.plan, self._padding = plan, padding
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         self._padding.check(valid)
@@ -186,9 +230,9 @@ class PlannedAttention:
 class PlannedPattern:
     """Attention under a mask that doesn't depend on q and k, or dense, as a plan says."""
 
-    def __init__(self, plan: LayerPlan, masked: MaskedAttention) -> None:
-        self.plan, self.masked = plan, masked
+    def __init__(self, plan: LayerPlan, masked: MaskedAttention, dense: Attend) -> None:
+        self.plan, self.masked, self.dense = plan, masked, dense
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         step, dense = self.plan.count(q, k)
-        return attend_all(q, k, v, valid) if dense else self.masked(q, k, v, valid, step)
+        return self.dense(q, k, v, valid) if dense else self.masked(q, k, v, valid, step)

@@ -11,12 +11,13 @@ from torch import nn
 from hhattn.integrations.attention import BlockLinear, SparseLinear
 from hhattn.integrations.diffusers._attention import (
     Attend,
+    DenseAttention,
     LayoutOf,
     MaskedAttention,
+    NoPadding,
     PlannedAttention,
     PlannedPattern,
     TextsOf,
-    attend_all,
 )
 from hhattn.integrations.diffusers._sparse_linear import SparseLinearAttention, projection
 from hhattn.integrations.swap import Swap
@@ -36,7 +37,9 @@ class Chosen:
     make: Callable[[str, Any], Attend]
 
 
-EVERYTHING = Chosen("hhattn.attention", lambda *_: attend_all)
+def everything(attend: DenseAttention) -> Chosen:
+    """Dense attention."""
+    return Chosen("hhattn.attention", lambda *_: attend)
 
 
 def one_each(given: object, layers: int) -> list[Any]:
@@ -63,6 +66,8 @@ def attention_of(
     """What :func:`hhattn.swap` was given as ``attention``, for each of the softmax self-attention ``layers``.
     ``texts_of`` finds the masks of texts that may have padding."""
     shared: dict[tuple[int, bool], MaskedAttention] = {}
+    refusing: dict[str, NoPadding] = {}
+    dense = DenseAttention()
 
     def masked(pattern: Any, steps: bool = False) -> MaskedAttention:
         """One for all layers under the same pattern, which so is made once."""
@@ -72,12 +77,20 @@ def attention_of(
             handle.add_hook(model, shared[key].see)
         return shared[key]
 
+    def no_padding(what: str) -> NoPadding:
+        if what not in refusing:
+            refusing[what] = NoPadding(what)
+            if texts_of is not None:
+                handle.add_hook(model, refusing[what].hook(texts_of))
+        return refusing[what]
+
     def sparse_linear(given: SparseLinear) -> Chosen:
         critical = None if isinstance(given.critical, (int, float, Selector)) else masked(given.critical)
         marginal = None if given.marginal is None else masked(given.marginal)
 
         def make(path: str, layer: Any) -> Attend:
-            return SparseLinearAttention(given, critical, marginal, projection(handle, path, layer, given.register))
+            proj = projection(handle, path, layer, given.register)
+            return SparseLinearAttention(given, critical, marginal, proj, no_padding("SparseLinear"))
 
         return Chosen("hhattn.sparse_linear_attention", make)
 
@@ -87,14 +100,14 @@ def attention_of(
         if isinstance(given, SparsityPlan):
             by, plan = "hhattn.block_sparse_attention, as the plan says", given.at(i, prefix)
             if isinstance(given.select, Selector):
-                return Chosen(by, lambda *_: PlannedAttention(plan))
-            return Chosen(by, lambda *_: PlannedPattern(plan, masked(given.select, steps=True)))
+                return Chosen(by, lambda *_: PlannedAttention(plan, no_padding("SparsityPlan")))
+            return Chosen(by, lambda *_: PlannedPattern(plan, masked(given.select, steps=True), dense))
         if isinstance(given, SparseLinear):
             return sparse_linear(given)
         if isinstance(given, BlockMask) or callable(given):
             return Chosen("hhattn.block_sparse_attention", lambda *_: masked(given))
         if isinstance(given, str) and given == "exact":
-            return EVERYTHING
+            return everything(dense)
         raise refusal(given, family, ACCEPTED)
 
     return [choose(x, i) for i, x in enumerate(one_each(given, layers))]

@@ -34,7 +34,12 @@ class SparseLinearAttention:
     q and k; None: chosen from them, and all that isn't critical."""
 
     def __init__(
-        self, given: SparseLinear, critical: MaskedAttention | None, marginal: MaskedAttention | None, proj: nn.Linear
+        self,
+        given: SparseLinear,
+        critical: MaskedAttention | None,
+        marginal: MaskedAttention | None,
+        proj: nn.Linear,
+        padding: NoPadding,
     ) -> None:
         self.given, self.critical, self.marginal, self.proj = given, critical, marginal, proj
         self.selector: Selector | None = None
@@ -42,7 +47,7 @@ class SparseLinearAttention:
             self.selector = Selector(hhattn.masks.mean_pool(), hhattn.masks.top_k(ratio=float(given.critical)))
         elif isinstance(given.critical, Selector):
             self.selector = given.critical
-        self._padding = NoPadding("SparseLinear")
+        self._padding = padding
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         self._padding.check(valid)

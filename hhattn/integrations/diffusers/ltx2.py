@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend
+from hhattn.integrations.diffusers._attention import Attend, DenseAttention
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
     argument,
@@ -25,7 +25,7 @@ from hhattn.integrations.diffusers._blocks import (
     swap_attention,
     swap_forward,
 )
-from hhattn.integrations.diffusers._choose import EVERYTHING, attention_of
+from hhattn.integrations.diffusers._choose import attention_of, everything
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
@@ -221,13 +221,14 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     """Swap the self-attention of every block of an LTX2VideoTransformer3DModel, as :func:`hhattn.swap` says: that of
     the video runs ``attention``, that of the audio, which is short, everything."""
     attends = attention_of(handle, prefix, model, "LTX-2", attention, len(model.transformer_blocks), layout_of)
+    audio = everything(DenseAttention())
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
         kind = LTX2PerturbedAttnProcessor if getattr(block, "perturbed_attn", False) else LTX2AudioVideoAttnProcessor
         make = partial(SelfAttentionProcessor, fuse_rope=rope)
         for name, what, part in (
             ("attn1", attends[i], "self-attention"),
-            ("audio_attn1", EVERYTHING, "audio self-attention"),
+            ("audio_attn1", audio, "audio self-attention"),
         ):
             swap_attention(handle, f"{path}.{name}", getattr(block, name), kind, make, what, norms, rope, part)
         for name in ("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"):

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, attend_all
+from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
     argument,
     layer_norm,
@@ -27,7 +27,7 @@ from hhattn.layout import VideoLayout
 class SelfAttentionProcessor:
     """Does what diffusers' ``WanAttnProcessor`` does for self-attention."""
 
-    def __init__(self, attend: Attend = attend_all, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+    def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
         self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     def __call__(
