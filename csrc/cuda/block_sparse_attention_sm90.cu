@@ -17,44 +17,9 @@
 
 namespace hh::sm90 {
 
-constexpr int SHARED_MOST = 227 << 10, MAX_STAGES = 4;
-
 struct Problem {
   TensorMap q, k, v;  // [batch, tokens, heads, dim], last first
   BlockSparseArgs args;
-};
-
-// Tiles of ROWS = 64 · GROUPS queries and KEYS keys of HEAD dims, and where they lie in shared memory: each as columns of 64 dims.
-template <int HEAD_, int KEYS_, int GROUPS_>
-struct Shape {
-  static constexpr int HEAD = HEAD_, KEYS = KEYS_, GROUPS = GROUPS_;
-  static constexpr int ROWS = 64 * GROUPS, COLUMNS = (HEAD + LINE - 1) / LINE, THREADS = GROUP * (1 + GROUPS);
-  static constexpr int BLOCKS = GROUPS == 1 && HEAD <= 128 ? 2 : 1;  // of an SM
-  static constexpr int Q_BYTES = ROWS * COLUMNS * LINE_BYTES, TILE_BYTES = KEYS * COLUMNS * LINE_BYTES;
-  static constexpr int BARRIERS = 8 * (4 * MAX_STAGES + 1);
-  static constexpr int FIT = (SHARED_MOST / BLOCKS - 1024 * (BLOCKS - 1) - Q_BYTES - BARRIERS) / (2 * TILE_BYTES);
-  static constexpr int STAGES = FIT < MAX_STAGES ? FIT : MAX_STAGES;
-  static constexpr int SHARED = Q_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS;
-  static constexpr int MORE = BLOCKS == 2 ? 216 : 240, FEWER = BLOCKS == 2 ? 40 : 24;  // registers: of consumers, of the producer
-  static_assert(STAGES >= 2);
-};
-
-// Shared memory's addresses.
-template <class S>
-struct Places {
-  uint32_t base;
-  // 16 bytes of q, or of out.
-  HH_DEVICE uint32_t q(int row, int chunk) const {
-    return base + (chunk / 8 * S::ROWS + row) * LINE_BYTES + (chunk % 8 ^ row % 8) * 16;
-  }
-  HH_DEVICE uint32_t k(int stage) const { return base + S::Q_BYTES + stage * S::TILE_BYTES; }
-  HH_DEVICE uint32_t v(int stage) const { return k(S::STAGES + stage); }
-  HH_DEVICE uint32_t bar(int i) const { return k(2 * S::STAGES) + 8 * i; }
-  HH_DEVICE uint32_t q_full() const { return bar(0); }
-  HH_DEVICE uint32_t k_full(int stage) const { return bar(1 + stage); }
-  HH_DEVICE uint32_t v_full(int stage) const { return bar(1 + S::STAGES + stage); }
-  HH_DEVICE uint32_t k_free(int stage) const { return bar(1 + 2 * S::STAGES + stage); }
-  HH_DEVICE uint32_t v_free(int stage) const { return bar(1 + 3 * S::STAGES + stage); }
 };
 
 // A place in the ring, and the parity of the phase in which it is filled.
@@ -108,7 +73,6 @@ HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place
                       Softmax& softmax) {
   const int lane = threadIdx.x % 32, row = r.start + group * 64 + threadIdx.x % GROUP / 32 * 16 + lane / 4;
   const float c = a.scale * LOG2_E;
-  const uint32_t q = at.base + group * 64 * LINE_BYTES;
   const auto my_turn = [&] {
     if (S::GROUPS == 2) ptx::barrier_sync(1 + group, 2 * GROUP);
   };
@@ -130,10 +94,12 @@ HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place
   Part part = walk.next();
   if (part.tile >= 0) bits.load(a.mask, part, row);
   ptx::mbarrier_wait(at.q_full(), 0);
+  Queries<T, S, S::Q_IN_REGISTERS> q;
+  q.load(at, group);
   ptx::mbarrier_wait(at.k_full(0), 0);
   my_turn();
   ptx::wgmma_fence();
-  scores<T, S>(s, q, at.k(0));
+  scores(s, q, at.k(0));
   your_turn(group == 0 || steps > 1);
   ptx::wgmma_wait<0>(s);
   give_back(at.k_free(0));
@@ -149,7 +115,7 @@ HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place
     ptx::mbarrier_wait(at.k_full(turn.stage), turn.parity);
     my_turn();
     ptx::wgmma_fence();
-    scores<T, S>(s, q, at.k(turn.stage));
+    scores(s, q, at.k(turn.stage));
     values<T, S>(o, p, at.v(before.stage));
     your_turn(group == 0 || step + 1 < steps);
     ptx::wgmma_wait<1>(s);
@@ -193,7 +159,10 @@ HH_DEVICE void store(const BlockSparseArgs& a, const Places<S>& at, const Place&
     for (int j = 0; j < S::HEAD / 2; j += 4) zero = fmaf(o[j + 2 * i], 0.0f, fmaf(o[j + 2 * i + 1], 0.0f, zero));
     again[i] = __ballot_sync(0xffffffffu, zero != 0 && total < INF && row < there);
   }
-  ptx::barrier_sync(3 + group, GROUP);  // no warp of it multiplies with q
+  if (S::Q_IN_REGISTERS)
+    __syncwarp();
+  else
+    ptx::barrier_sync(3 + group, GROUP);  // no warp of it multiplies with q
 #pragma unroll
   for (int i = 0; i < S::HEAD / 4; ++i) {
     const int row = warp_row + lane / 4 + i % 2 * 8, chunk = i / 2;  // a chunk has 8 dims, of which this lane has 2
@@ -308,6 +277,7 @@ int by_block(const BlockSparseArgs& a, void* stream) {
 template <class T>
 int by_head(const BlockSparseArgs& a, void* stream) {
   const int dim = a.dim > a.v_dim ? a.dim : a.v_dim;
+  if (dim <= 32) return by_block<T, 32>(a, stream);
   if (dim <= 64) return by_block<T, 64>(a, stream);
   if (dim <= 112) return by_block<T, 112>(a, stream);
   if (dim <= 128) return by_block<T, 128>(a, stream);

@@ -8,19 +8,75 @@ namespace hh::sm90 {
 
 constexpr int GROUP = 128;                  // threads of a warpgroup
 constexpr int LINE = 64, LINE_BYTES = 128;  // of a tile in shared memory: elements, bytes
+constexpr int SHARED_MOST = 227 << 10, MAX_STAGES = 4;
 constexpr float INF = __builtin_inff();
 constexpr float LAZY = 8;  // to base 2
 
-// s = q k', not waited for.
-template <class T, class S>
-HH_DEVICE void scores(float (&s)[S::KEYS / 2], uint32_t q, uint32_t k) {
-  const uint64_t a = ptx::descriptor(q), b = ptx::descriptor(k);
-#pragma unroll
-  for (int t = 0; t < S::HEAD / 16; ++t) {
-    const int column = t / 4, within = t % 4 * 32;
-    const int in_q = column * S::ROWS * LINE_BYTES + within, in_k = column * S::KEYS * LINE_BYTES + within;
-    ptx::Wgmma<T, S::KEYS>::shared(s, a + in_q / 16, b + in_k / 16, t > 0);
+// Tiles of ROWS = 64 · GROUPS queries and KEYS keys of HEAD dims, and where they lie in shared memory: each as columns of 64 dims.
+template <int HEAD_, int KEYS_, int GROUPS_>
+struct Shape {
+  static constexpr int HEAD = HEAD_, KEYS = KEYS_, GROUPS = GROUPS_;
+  static constexpr int ROWS = 64 * GROUPS, COLUMNS = (HEAD + LINE - 1) / LINE, THREADS = GROUP * (1 + GROUPS);
+  static constexpr int BLOCKS = GROUPS == 1 && HEAD <= 128 ? 2 : 1;  // of an SM
+  static constexpr int Q_BYTES = ROWS * COLUMNS * LINE_BYTES, TILE_BYTES = KEYS * COLUMNS * LINE_BYTES;
+  static constexpr int BARRIERS = 8 * (4 * MAX_STAGES + 1);
+  static constexpr int FIT = (SHARED_MOST / BLOCKS - 1024 * (BLOCKS - 1) - Q_BYTES - BARRIERS) / (2 * TILE_BYTES);
+  static constexpr int STAGES = FIT < MAX_STAGES ? FIT : MAX_STAGES;
+  static constexpr int SHARED = Q_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS;
+  static constexpr int MORE = BLOCKS == 2 ? 216 : 240, FEWER = BLOCKS == 2 ? 40 : 24;  // registers: of consumers, of the producer
+  static constexpr bool Q_IN_REGISTERS = HEAD <= 128;
+  static_assert(STAGES >= 2);
+};
+
+// Shared memory's addresses.
+template <class S>
+struct Places {
+  uint32_t base;
+  // 16 bytes of q, or of out.
+  HH_DEVICE uint32_t q(int row, int chunk) const {
+    return base + (chunk / 8 * S::ROWS + row) * LINE_BYTES + (chunk % 8 ^ row % 8) * 16;
   }
+  HH_DEVICE uint32_t k(int stage) const { return base + S::Q_BYTES + stage * S::TILE_BYTES; }
+  HH_DEVICE uint32_t v(int stage) const { return k(S::STAGES + stage); }
+  HH_DEVICE uint32_t bar(int i) const { return k(2 * S::STAGES) + 8 * i; }
+  HH_DEVICE uint32_t q_full() const { return bar(0); }
+  HH_DEVICE uint32_t k_full(int stage) const { return bar(1 + stage); }
+  HH_DEVICE uint32_t v_full(int stage) const { return bar(1 + S::STAGES + stage); }
+  HH_DEVICE uint32_t k_free(int stage) const { return bar(1 + 2 * S::STAGES + stage); }
+  HH_DEVICE uint32_t v_free(int stage) const { return bar(1 + 3 * S::STAGES + stage); }
+};
+
+// The warpgroup's rows of q, from where wgmma has them: registers where they fit, since shared memory has enough to do with keys and
+// values, or shared memory, by descriptor.
+template <class T, class S, bool IN_REGISTERS>
+struct Queries {
+  uint32_t a[S::HEAD / 16][4];
+
+  HH_DEVICE void load(const Places<S>& at, int group) {
+    const int lane = threadIdx.x % 32, row = group * 64 + threadIdx.x % GROUP / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int t = 0; t < S::HEAD / 16; ++t) ptx::ldmatrix_x4(a[t], at.q(row, 2 * t + lane / 16));
+  }
+  HH_DEVICE void times(float (&s)[S::KEYS / 2], int t, uint64_t k) const {
+    ptx::Wgmma<T, S::KEYS>::template registers<false>(s, a[t], k, t > 0);
+  }
+};
+template <class T, class S>
+struct Queries<T, S, false> {
+  uint64_t a;
+
+  HH_DEVICE void load(const Places<S>& at, int group) { a = ptx::descriptor(at.q(group * 64, 0)); }
+  HH_DEVICE void times(float (&s)[S::KEYS / 2], int t, uint64_t k) const {
+    ptx::Wgmma<T, S::KEYS>::shared(s, a + (t / 4 * S::ROWS * LINE_BYTES + t % 4 * 32) / 16, k, t > 0);
+  }
+};
+
+// s = q k', not waited for.
+template <class T, class S, bool IN_REGISTERS>
+HH_DEVICE void scores(float (&s)[S::KEYS / 2], const Queries<T, S, IN_REGISTERS>& q, uint32_t k) {
+  const uint64_t b = ptx::descriptor(k);
+#pragma unroll
+  for (int t = 0; t < S::HEAD / 16; ++t) q.times(s, t, b + (t / 4 * S::KEYS * LINE_BYTES + t % 4 * 32) / 16);
   ptx::wgmma_commit();
 }
 
@@ -29,7 +85,7 @@ template <class T, class S>
 HH_DEVICE void values(float (&o)[S::HEAD / 2], const uint32_t (&p)[S::KEYS / 16][4], uint32_t v) {
   const uint64_t b = ptx::descriptor(v, S::KEYS * LINE_BYTES);
 #pragma unroll
-  for (int t = 0; t < S::KEYS / 16; ++t) ptx::Wgmma<T, S::HEAD>::registers(o, p[t], b + t * 16 * LINE_BYTES / 16);
+  for (int t = 0; t < S::KEYS / 16; ++t) ptx::Wgmma<T, S::HEAD>::template registers<true>(o, p[t], b + t * LINE_BYTES, true);
   ptx::wgmma_commit();
 }
 

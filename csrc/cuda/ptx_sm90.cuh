@@ -160,15 +160,16 @@ HH_DEVICE uint64_t descriptor(uint32_t address, uint32_t next = 16) {
 }
 
 // Products m64 nN k16 with float sums: d[i] is row lane / 4 + i / 2 % 2 · 8 of the warp's 16, column i / 4 · 8 + lane % 4 · 2 + i % 2.
-//   shared:    d = a b (or d += a b), both K-major by descriptor: b's lines are the columns of d
-//   registers: d += a b, a as mma_16816's, b MN-major by descriptor: its lines are k
+//   shared:    d = a b, or with go_on d += a b; both K-major by descriptor: b's lines are the columns of d
+//   registers: the same with a as mma_16816's; with K_LINES b is MN-major: its lines are k
 template <class T, int N>
 struct Wgmma;
 
 #ifdef __CUDACC__
 #define HH_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HH_F8(i) HH_F4(i), HH_F4(i + 4)
-#define HH_F32(i) HH_F8(i), HH_F8(i + 8), HH_F8(i + 16), HH_F8(i + 24)
+#define HH_F16(i) HH_F8(i), HH_F8(i + 8)
+#define HH_F32(i) HH_F16(i), HH_F16(i + 16)
 #define HH_F56(i) HH_F32(i), HH_F8(i + 32), HH_F8(i + 40), HH_F8(i + 48)
 #define HH_F64(i) HH_F32(i), HH_F32(i + 32)
 #define HH_F128(i) HH_F64(i), HH_F64(i + 64)
@@ -181,8 +182,8 @@ struct Wgmma;
                       ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define HH_R128 HH_R96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
                        ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-// The operands after the sums are number A, B, C, ... The predicate says whether the sums go on.
-#define HH_WGMMA(T, type, N, SUMS, A, B, C, D, E)                                                                                 \
+// The operands after the sums are numbers A, B, C, ... A predicate says whether the sums go on.
+#define HH_WGMMA(T, type, N, SUMS, A, B, C, D, E, F, G)                                                                           \
   template <>                                                                                                                     \
   struct Wgmma<T, N> {                                                                                                            \
     static HH_DEVICE void shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool go_on) {                                         \
@@ -191,20 +192,22 @@ struct Wgmma;
                    : HH_F##SUMS(0)                                                                                                \
                    : "l"(a), "l"(b), "r"(int(go_on)));                                                                            \
     }                                                                                                                             \
-    static HH_DEVICE void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {                                      \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type            \
-                   " {" HH_R##SUMS "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", p, 1, 1, 1;}"                               \
+    template <bool K_LINES>                                                                                                       \
+    static HH_DEVICE void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool go_on) {                          \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, %" #F ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type      \
+                   " {" HH_R##SUMS "}, {%" #A ", %" #B ", %" #C ", %" #D "}, %" #E ", p, 1, 1, %" #G ";}"                         \
                    : HH_F##SUMS(0)                                                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(go_on)), "n"(int(K_LINES)));                     \
     }                                                                                                                             \
   };
-#define HH_WGMMA_BOTH(N, SUMS, A, B, C, D, E)    \
-  HH_WGMMA(bf16, "bf16", N, SUMS, A, B, C, D, E) \
-  HH_WGMMA(f16, "f16", N, SUMS, A, B, C, D, E)
-HH_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36)
-HH_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60)
-HH_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
-HH_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132)
+#define HH_WGMMA_BOTH(N, SUMS, ...)           \
+  HH_WGMMA(bf16, "bf16", N, SUMS, __VA_ARGS__) \
+  HH_WGMMA(f16, "f16", N, SUMS, __VA_ARGS__)
+HH_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20, 21, 22)
+HH_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36, 37, 38)
+HH_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60, 61, 62)
+HH_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68, 69, 70)
+HH_WGMMA_BOTH(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef HH_WGMMA_BOTH
 #undef HH_WGMMA
 #else
@@ -213,21 +216,20 @@ inline constexpr simt::Element ELEMENT = simt::Element::f16;
 template <>
 inline constexpr simt::Element ELEMENT<bf16> = simt::Element::bf16;
 
-inline void wgmma_emulated(unsigned n, simt::Element type, bool go_on, float* d, const uint32_t* a, uint64_t a_at, uint64_t b_at,
-                           simt::Site site) {
-  const simt::Wgmma how{.n = n, .type = type, .accumulate = go_on, .trans_b = a != nullptr};
+inline void wgmma_emulated(const simt::Wgmma& how, float* d, const uint32_t* a, uint64_t a_at, uint64_t b_at, simt::Site site) {
   uint32_t* sums[128];
-  for (unsigned i = 0; i < n / 2; ++i) sums[i] = reinterpret_cast<uint32_t*>(d + i);
+  for (unsigned i = 0; i < how.n / 2; ++i) sums[i] = reinterpret_cast<uint32_t*>(d + i);
   const uint32_t* sources[4] = {a, a + 1, a + 2, a + 3};
   simt::wgmma(how, sums, a ? sources : nullptr, a_at, b_at, site);
 }
 template <class T, int N>
 struct Wgmma {
   static void shared(float (&d)[N / 2], uint64_t a, uint64_t b, bool go_on HH_SITE) {
-    wgmma_emulated(N, ELEMENT<T>, go_on, d, nullptr, a, b, site);
+    wgmma_emulated({.n = N, .type = ELEMENT<T>, .accumulate = go_on}, d, nullptr, a, b, site);
   }
-  static void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b HH_SITE) {
-    wgmma_emulated(N, ELEMENT<T>, true, d, a, 0, b, site);
+  template <bool K_LINES>
+  static void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool go_on HH_SITE) {
+    wgmma_emulated({.n = N, .type = ELEMENT<T>, .accumulate = go_on, .trans_b = K_LINES}, d, a, 0, b, site);
   }
 };
 #endif
