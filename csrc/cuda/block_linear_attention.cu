@@ -89,9 +89,9 @@ struct Sums {
         if (there[i][0]) most = fmaxf(most, x[i].x);
         if (there[i][1]) most = fmaxf(most, x[i].y);
       }
-      most = ptx::warp_max(most);
+      most = ptx::warp_max(most) * LOG2_E;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) sum += (there[i][0] ? expf(x[i].x - most) : 0) + (there[i][1] ? expf(x[i].y - most) : 0);
+      for (int i = 0; i < 2; ++i) sum += (there[i][0] ? soft_exp(x[i].x, most) : 0) + (there[i][1] ? soft_exp(x[i].y, most) : 0);
       sum = ptx::warp_sum(sum);
       if (lane == 0) ptx::store_shared2(softs + token * 8, uint2{__float_as_uint(most), __float_as_uint(1 / sum)});
     }
@@ -110,12 +110,12 @@ struct Sums {
       if (maps.softmax())
         soft[i] = {__uint_as_float(ptx::load_shared(softs + token * 8)), __uint_as_float(ptx::load_shared(softs + token * 8 + 4))};
     }
-    map_pairs(psi, x, maps.psi(), soft);
+    map_pairs<KIND>(psi, x, maps.psi(), soft);
     if (maps.phi() == maps.psi()) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) phi[i] = psi[i];
     } else {
-      map_pairs(phi, x, maps.phi(), soft);
+      map_pairs<KIND>(phi, x, maps.phi(), soft);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -257,13 +257,13 @@ struct Outputs {
     for (int s = 0; s < D / 16; ++s) {
       float2 x[4], psi[4];
       rows.template pairs<T>(x, s);
-      map_pairs(psi, x, maps.psi(), soft);
+      map_pairs<KIND>(psi, x, maps.psi(), soft);
       if (a.k_sum) {
         if (maps.phi() == maps.psi()) {
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[j] = psi[j];
         } else {
-          map_pairs(x, x, maps.phi(), soft);
+          map_pairs<KIND>(x, x, maps.phi(), soft);
         }
         const float4 key = *reinterpret_cast<const float4*>(keys + channel<D>(s, t));
 #pragma unroll

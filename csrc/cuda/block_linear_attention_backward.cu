@@ -31,7 +31,7 @@ struct Gradients {
     x.template load<KIND>(from, r.x.token, token, p.end, t, r.dim);
     const T* y = static_cast<const T*>(a.y.in.data) + p.b * a.y.batch + p.h * a.y.head;
     float sums[D / 8][4] = {};
-    for (int v = 0; v < r.v_dim; v += D) {
+    for (int v = 0; v < (KIND == ANY ? r.v_dim : D); v += D) {
       Two<D> rows;
       rows.template load<KIND>(y + v, a.y.token, token, p.end, t, r.v_dim - v);
       multiply(sums, rows, state + v / D * (Kv::SHARED / 16));
@@ -56,9 +56,21 @@ struct Gradients {
     }
   }
 
-  // f(channel, word, x, its two products, cos, sin, two keys) for the i-th row's pairs.
+  // A step of a row: its two pairs, their products with the state, angles and keys.
+  struct Step {
+    int s;
+    float2 x[2], product[2], cos, sin, key[2];
+
+    // R⁻¹ of the products times a factor.
+    HH_DEVICE void turn_back(float2 (&y)[2], float factor) const {
+      y[0] = rotated({product[0].x * factor, product[0].y * factor}, cos.x, -sin.x);
+      y[1] = rotated({product[1].x * factor, product[1].y * factor}, cos.y, -sin.y);
+    }
+  };
+
+  // f(step) for each of the first row.
   template <class F>
-  HH_DEVICE void for_pairs(const Two<D>& x, const float (&sums)[D / 8][4], int i, int64_t at, const F& f) const {
+  HH_DEVICE void for_steps(const Two<D>& x, const float (&sums)[D / 8][4], int64_t at, const F& f) const {
     const LinearRows& r = a.rows;
     const float *row_cos = r.cos + at * (r.dim / 2), *row_sin = r.sin + at * (r.dim / 2);
 #pragma unroll
@@ -66,69 +78,107 @@ struct Gradients {
       float2 cos = {1, 1}, sin = {0, 0};
       if (maps.rotate()) cos = angles<D, KIND>(row_cos, s, t, r.dim), sin = angles<D, KIND>(row_sin, s, t, r.dim);
       const float4 key = *reinterpret_cast<const float4*>(keys + channel<D>(s, t));
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int n = 2 * s + j;
-        f(channel<D>(s, t) + 2 * j, n, ptx::unpack<T>(x.row[i].words[n]), float2{sums[n][2 * i], sums[n][2 * i + 1]},
-          j ? cos.y : cos.x, j ? sin.y : sin.x, j ? float2{key.z, key.w} : float2{key.x, key.y});
-      }
+      f(Step{s,
+             {ptx::unpack<T>(x.row[0].words[2 * s]), ptx::unpack<T>(x.row[0].words[2 * s + 1])},
+             {{sums[2 * s][0], sums[2 * s][1]}, {sums[2 * s + 1][0], sums[2 * s + 1][1]}},
+             cos, sin, {{key.x, key.y}, {key.z, key.w}}});
     }
   }
 
-  HH_DEVICE void finish(const Two<D>& x, const float (&sums)[D / 8][4], int64_t token) const {
-    const LinearRows& r = a.rows;
-    Soft soft[2];
-    if (maps.softmax()) x.template soften<T>(soft, t, r.dim);
+  // φ(x)ᵀ K and (R ψ(x))ᵀ KV y of the first row.
+  HH_DEVICE float2 inner(const Two<D>& x, const float (&sums)[D / 8][4], int64_t at, const Soft (&soft)[1]) const {
+    float den = 0, inner = 0;
+    for_steps(x, sums, at, [&](const Step& step) {
+      float2 psi[2], phi[2];
+      map_pairs<KIND>(psi, step.x, maps.psi(), soft);
+      if (maps.phi() == maps.psi())
+        phi[0] = psi[0], phi[1] = psi[1];
+      else
+        map_pairs<KIND>(phi, step.x, maps.phi(), soft);
+      psi[0] = rotated(psi[0], step.cos.x, step.sin.x), psi[1] = rotated(psi[1], step.cos.y, step.sin.y);
 #pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        den += phi[j].x * step.key[j].x + phi[j].y * step.key[j].y;
+        inner += psi[j].x * step.product[j].x + psi[j].y * step.product[j].y;
+      }
+    });
+    return {ptx::quad_sum(den), ptx::quad_sum(inner)};
+  }
+
+  // Σ of softmax times the gradients in ψ(x) and φ(x).
+  HH_DEVICE float2 soft_sums(const Two<D>& x, const float (&sums)[D / 8][4], int64_t at, Soft soft, float factor,
+                             float e) const {
+    float2 sum = {0, 0};
+    for_steps(x, sums, at, [&](const Step& step) {
+      float2 turned[2];
+      step.turn_back(turned, factor);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int c = channel<D>(step.s, t) + 2 * j;
+        const float one = c < a.rows.dim ? mapped(step.x[j].x, SOFTMAX, soft) : 0.0f;
+        const float two = c + 1 < a.rows.dim ? mapped(step.x[j].y, SOFTMAX, soft) : 0.0f;
+        sum.x += one * turned[j].x + two * turned[j].y;
+        sum.y += (one * step.key[j].x + two * step.key[j].y) * e;
+      }
+    });
+    return {ptx::quad_sum(sum.x), ptx::quad_sum(sum.y)};
+  }
+
+  // Both rows, one after another: the second moves to the first one's place, so that the code for everything stands there once.
+  HH_DEVICE void finish(Two<D>& x, float (&sums)[D / 8][4], int64_t token) const {
+    const LinearRows& r = a.rows;
+    Soft softs[2];
+    if (maps.softmax()) x.template soften<T>(softs, t, r.dim);
+#pragma unroll(KIND == ANY ? 1 : 2)
     for (int i = 0; i < 2; ++i) {
+      const Soft soft[1] = {softs[0]};
       const int64_t at = min(token + 8 * i, p.end - 1), place = (p.b * r.tokens + at) * r.heads + p.h;
       const bool there = token + 8 * i < p.end;
       float factor = 1, e = 1;
       if (a.factor || a.dgate) {
-        float den = 0, inner = 0;  // φ(x)ᵀ K, (R ψ(x))ᵀ KV y
-        for_pairs(x, sums, i, at, [&](int, int, float2 x, float2 product, float cos, float sin, float2 key) {
-          const float2 psi = {mapped(x.x, maps.psi(), soft[i]), mapped(x.y, maps.psi(), soft[i])}, turned = rotated(psi, cos, sin);
-          inner += turned.x * product.x + turned.y * product.y;
-          if (maps.phi() == maps.psi())
-            den += psi.x * key.x + psi.y * key.y;
-          else
-            den += mapped(x.x, maps.phi(), soft[i]) * key.x + mapped(x.y, maps.phi(), soft[i]) * key.y;
-        });
-        inner = ptx::quad_sum(inner), den = ptx::quad_sum(den);
+        const float2 both = inner(x, sums, at, soft);
         if (a.factor) {
-          const Quotient by(den + a.eps);
-          factor = by.of(1.0f), e = -by.of(by.of(inner));
+          const Quotient by(both.x + a.eps);
+          factor = by.of(1.0f), e = -by.of(by.of(both.y));
           if (there && t == 0) a.factor[place] = factor, a.weight[place] = e;
         } else {
           factor = r.gate[place];
-          if (there && t == 0) a.dgate[place] = inner;
+          if (there && t == 0) a.dgate[place] = both.y;
         }
       }
-      float to_phi = 0, to_psi = 0;  // softmax's sums
-      if (maps.softmax()) {
-        for_pairs(x, sums, i, at, [&](int c, int, float2 x, float2 product, float cos, float sin, float2 key) {
-          const float2 turned = rotated({product.x * factor, product.y * factor}, cos, -sin);
-          const float one = c < r.dim ? mapped(x.x, SOFTMAX, soft[i]) : 0.0f;
-          const float two = c + 1 < r.dim ? mapped(x.y, SOFTMAX, soft[i]) : 0.0f;
-          to_psi += one * turned.x + two * turned.y;
-          to_phi += (one * key.x + two * key.y) * e;
-        });
-        to_psi = ptx::quad_sum(to_psi), to_phi = ptx::quad_sum(to_phi);
-      }
+      const float2 sum = maps.softmax() ? soft_sums(x, sums, at, softs[0], factor, e) : float2{0, 0};
       Row<D> dx;
-      for_pairs(x, sums, i, at, [&](int, int n, float2 x, float2 product, float cos, float sin, float2 key) {
-        const float2 turned = rotated({product.x * factor, product.y * factor}, cos, -sin);
-        dx.words[n] = ptx::pack<T>(both(x.x, turned.x, key.x * e, soft[i], to_psi, to_phi),
-                                   both(x.y, turned.y, key.y * e, soft[i], to_psi, to_phi));
+      for_steps(x, sums, at, [&](const Step& step) {
+        float2 to_psi[2], to_phi[2], to_x[2] = {};
+        step.turn_back(to_psi, factor);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) to_phi[j] = {step.key[j].x * e, step.key[j].y * e};
+        if (maps.phi() == maps.psi()) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) to_psi[j].x += to_phi[j].x, to_psi[j].y += to_phi[j].y;
+          add_gradient(to_x, step.x, to_psi, maps.psi(), softs[0], sum.x + sum.y);
+        } else {
+          add_gradient(to_x, step.x, to_psi, maps.psi(), softs[0], sum.x);
+          add_gradient(to_x, step.x, to_phi, maps.phi(), softs[0], sum.y);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) dx.words[2 * step.s + j] = ptx::pack<T>(to_x[j].x, to_x[j].y);
       });
       if (there) dx.template store<KIND>(static_cast<T*>(a.dx.data) + place * r.dim, t, r.dim);
+      x.row[0] = x.row[1], softs[0] = softs[1];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) sums[n][0] = sums[n][2], sums[n][1] = sums[n][3];
     }
   }
 
-  // The gradient in x through both maps; without K there is no φ, whose keys are zeros then.
-  HH_DEVICE float both(float x, float to_psi, float to_phi, Soft soft, float psi_sum, float phi_sum) const {
-    if (maps.phi() == maps.psi()) return map_gradient(x, to_psi + to_phi, maps.psi(), soft, psi_sum + phi_sum);
-    return map_gradient(x, to_psi, maps.psi(), soft, psi_sum) + map_gradient(x, to_phi, maps.phi(), soft, phi_sum);
+  static HH_DEVICE void add_gradient(float2 (&to)[2], const float2 (&x)[2], const float2 (&gradient)[2], int map, Soft soft, float sum) {
+    with_map<KIND>(map, [&](int known) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        to[j].x += map_gradient(x[j].x, gradient[j].x, known, soft, sum);
+        to[j].y += map_gradient(x[j].y, gradient[j].y, known, soft, sum);
+      }
+    });
   }
 };
 

@@ -17,42 +17,32 @@ namespace hh {
 
 enum Map { RELU, IDENTITY, ELU1, RELU2, SOFTMAX };
 
-// What a row's softmax needs of the row: its largest number, and 1 / the sum of exponentials.
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// What a row's softmax needs of the row: log2(e) times its largest number, and 1 / the sum of exponentials.
 struct Soft {
   float max = 0, scale = 0;
 };
+
+HH_DEVICE float soft_exp(float x, float max) { return ptx::exp2(x * LOG2_E - max); }
 
 // A feature map of one number. A NaN stays one.
 HH_DEVICE float mapped(float x, int map, Soft soft) {
   const float y = x <= 0 ? 0.0f : x;
   if (map == RELU) return y;
   if (map == IDENTITY) return x;
-  if (map == ELU1) return x > 0 ? x + 1 : expf(x);
+  if (map == ELU1) return x > 0 ? x + 1 : soft_exp(x, 0);
   if (map == RELU2) return y * y;
-  return expf(x - soft.max) * soft.scale;
-}
-// Of N pairs, the j-th of row j / (N / ROWS): which map it is, is asked once.
-template <int N, int ROWS>
-HH_DEVICE void map_pairs(float2 (&y)[N], const float2 (&x)[N], int map, const Soft (&soft)[ROWS]) {
-  const auto each = [&](int known) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Soft& of = soft[j / (N / ROWS)];
-      y[j] = {mapped(x[j].x, known, of), mapped(x[j].y, known, of)};
-    }
-  };
-  if (map == RELU) return each(RELU);
-  if (map == IDENTITY) return each(IDENTITY);
-  each(map);
+  return soft_exp(x, soft.max) * soft.scale;
 }
 
 // The gradient in x for that in mapped(x); sum: Σ of softmax times gradient over the row.
 HH_DEVICE float map_gradient(float x, float gradient, int map, Soft soft, float sum) {
   if (map == RELU) return x > 0 ? gradient : 0.0f;
   if (map == IDENTITY) return gradient;
-  if (map == ELU1) return x > 0 ? gradient : gradient * expf(x);
+  if (map == ELU1) return x > 0 ? gradient : gradient * soft_exp(x, 0);
   if (map == RELU2) return gradient * (x <= 0 ? 0.0f : 2 * x);
-  return expf(x - soft.max) * soft.scale * (gradient - sum);
+  return soft_exp(x, soft.max) * soft.scale * (gradient - sum);
 }
 
 HH_DEVICE float2 rotated(float2 x, float cos, float sin) { return {x.x * cos - x.y * sin, x.x * sin + x.y * cos}; }
@@ -65,18 +55,40 @@ HH_DEVICE uint32_t take_part(float2& x) {
   return part;
 }
 
-// What a kernel may count on. WHOLE: rows fill it, and begin at multiples of 16 bytes. LEAN: that, rotary tables, and no map but relu,
-// in bfloat16.
+// What a kernel may count on. WHOLE: rows of x and y fill it, and begin at multiples of 16 bytes; maps are relu or identity. LEAN: that, rotary
+// tables, and no map but relu. Others run the code for everything, which is long and slower.
 enum Kind { ANY, WHOLE, LEAN };
 
 template <Kind KIND>
-struct Maps {  // what LEAN leaves open to nobody
+struct Maps {
   const LinearRows& r;
   HH_DEVICE int phi() const { return KIND == LEAN ? int(RELU) : r.phi; }
   HH_DEVICE int psi() const { return KIND == LEAN ? int(RELU) : r.psi; }
   HH_DEVICE bool rotate() const { return KIND == LEAN || r.cos; }
-  HH_DEVICE bool softmax() const { return KIND != LEAN && (r.phi == SOFTMAX || r.psi == SOFTMAX); }
+  HH_DEVICE bool softmax() const { return KIND == ANY && (r.phi == SOFTMAX || r.psi == SOFTMAX); }
 };
+
+// f(map) with the map as a constant of the code that runs, which is asked for once for many numbers.
+template <Kind KIND, class F>
+HH_DEVICE void with_map(int map, const F& f) {
+  if (map == RELU) return f(RELU);
+  if (map == IDENTITY || KIND != ANY) return f(IDENTITY);
+  if (map == ELU1) return f(ELU1);
+  if (map == RELU2) return f(RELU2);
+  f(SOFTMAX);
+}
+
+// Of N pairs, the j-th of row j / (N / ROWS).
+template <Kind KIND, int N, int ROWS>
+HH_DEVICE void map_pairs(float2 (&y)[N], const float2 (&x)[N], int map, const Soft (&soft)[ROWS]) {
+  with_map<KIND>(map, [&](int known) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const Soft& of = soft[j / (N / ROWS)];
+      y[j] = {mapped(x[j].x, known, of), mapped(x[j].y, known, of)};
+    }
+  });
+}
 
 // ---- rows of a matrix product's fragment. Of each 32 channels lane t of a quad has 8 that lie side by side, and of the last 16, if
 // they are left, 4: so it reads and writes 16 bytes at once. Products don't mind the order of channels, as long as both sides keep it.
@@ -177,7 +189,7 @@ int with_kernel(const LinearRows& r, bool is_aligned, const F& f) {
   return with_dim(
       r.dim,
       [&](auto dim) {
-        const bool whole = is_aligned && r.dim == dim && r.v_dim % dim == 0;
+        const bool whole = is_aligned && r.dim == dim && r.v_dim == dim && r.phi <= IDENTITY && r.psi <= IDENTITY;
         if (r.x.in.dtype == DType::f16)
           return whole ? f(f16{}, dim, std::integral_constant<Kind, WHOLE>{}) : f(f16{}, dim, std::integral_constant<Kind, ANY>{});
         if (whole && r.cos && r.phi == RELU && r.psi == RELU) return f(bf16{}, dim, std::integral_constant<Kind, LEAN>{});

@@ -97,9 +97,9 @@ struct Two {
           if (pass == 0)
             most = fmaxf(most, fmaxf(c < width ? x.x : -INFINITY, c + 1 < width ? x.y : -INFINITY));
           else
-            sum += (c < width ? expf(x.x - most) : 0) + (c + 1 < width ? expf(x.y - most) : 0);
+            sum += (c < width ? soft_exp(x.x, most) : 0) + (c + 1 < width ? soft_exp(x.y, most) : 0);
         }
-        if (pass == 0) most = ptx::quad_max(most);
+        if (pass == 0) most = ptx::quad_max(most) * LOG2_E;
       }
       soft[i] = {most, 1 / ptx::quad_sum(sum)};
     }
