@@ -20,9 +20,11 @@ from gpu_model import Occupancy
 from kernel_cases import (
     BLOCK,
     MODELS,
+    RELU,
     Case,
     Model,
     counted,
+    linear_arguments,
     mask_blocks,
     mask_flops,
     meta,
@@ -30,6 +32,7 @@ from kernel_cases import (
     sparse_arguments,
     sparse_backward_arguments,
 )
+from torch import Tensor
 
 from hhattn.simt import cuda
 from hhattn.simt.runtime import Recorded, runtime
@@ -212,9 +215,63 @@ def sparse_backward(model: Model) -> CudaCase:
     return _sparse(model, "backward", call)
 
 
+def _linear(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
+    """Programs take a piece of a chunk, 16 tokens a warp and run; sums in tiles of 32 tokens for all warps."""
+    chunks = math.ceil(model.frames / model.chunk)
+
+    def pieces(launch: CudaLaunch) -> float:
+        return launch.grid[0] / model.heads / chunks
+
+    def times(launch: CudaLaunch) -> Sequence[float]:
+        if launch.name == "linear_fold":
+            return [model.seq / chunks / 2048]  # a loop over about so many pieces, unrolled or not
+        return [model.seq / chunks / pieces(launch) / (32 if launch.name == "linear_sums" else 64)]
+
+    def flops(launch: CudaLaunch) -> float:
+        return 0.0 if launch.name == "linear_fold" else 2.0 * model.seq * model.channels * model.dim
+
+    def inner(launch: CudaLaunch) -> float | None:
+        return 2.0 if launch.name == "linear_sums" else None
+
+    def moved(launch: CudaLaunch) -> Sequence[str]:
+        names = [name for name, _ in launch.recorded.tensors]
+        rows = ("k", "q", "v", "dout", "cos", "sin", "gate", "factor", "weight")
+        if launch.name == "linear_fold":
+            return ("kv of pieces", "kv", "dkv") if launch.grid[1] > 1 else ("k_sum of pieces", "k_sum", "dk_sum")
+        if launch.name == "linear_outputs":
+            return ("k", "q", "kv", "dkv", "k_sum", "cos", "sin", "gate", "out", "dv")
+        if launch.name == "linear_gradients":
+            return (*rows, "kv", "k_sum", "dkv", "dk_sum", "dgate", "dx")
+        return (*rows, *(("kv of pieces",) if "kv of pieces" in names else ("kv", "dkv")))
+
+    return CudaCase("block_linear_attention", phase, model, call, times, flops, inner=inner, moved=moved)
+
+
+def linear_forward(model: Model) -> CudaCase:
+    (q, k, v, _), tables, state = linear_arguments(model)
+    how = (*(halved(x) for x in tables), model.chunk * model.tokens, [], RELU, RELU)
+    sums = operator("block_linear_sums", k, v, None, *how)
+    outputs = operator("block_linear_outputs", q, *state, *how, True, 1e-15)
+    return _linear(model, "forward", lambda: (sums(), outputs()))
+
+
+def linear_backward(model: Model) -> CudaCase:
+    (q, k, v, dout), tables, state = linear_arguments(model)
+    how = (*(halved(x) for x in tables), model.chunk * model.tokens, [], RELU, RELU)
+    outputs = operator("block_linear_outputs_backward", dout, q, *state, q.clone(), *how, True, 1e-15)
+    sums = operator("block_linear_sums_backward", *state, k, v, None, *how)
+    return _linear(model, "backward", lambda: (outputs(), sums()))
+
+
+def halved(table: Tensor) -> Tensor:
+    """One number a pair, as the op gives tables to GPU kernels."""
+    return table[:, ::2].contiguous()
+
+
 CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward, sparse_forward, sparse_backward)
 
 
 def cases() -> list[CudaCase]:
     """Every call."""
-    return [case(model) for case in CASES for model in MODELS]
+    linear = [case(model) for case in (linear_forward, linear_backward) for model in MODELS if model.chunk]
+    return [case(model) for case in CASES for model in MODELS] + linear

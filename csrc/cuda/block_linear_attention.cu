@@ -201,13 +201,23 @@ struct Sums {
     }
     const float2 all = {ptx::quad_sum(total.x), ptx::quad_sum(total.y)};
     if (t != 0 || v_begin != 0) return;
-    if (d < r.dim) a.k_sum[place * r.dim + d] = all.x;
-    if (d + 1 < r.dim) a.k_sum[place * r.dim + d + 1] = all.y;
+    float* k_sum = a.k_sum + place * r.dim + d;
+    if (KIND != ANY) {
+      *reinterpret_cast<float2*>(k_sum) = all;
+    } else {
+      if (d < r.dim) k_sum[0] = all.x;
+      if (d + 1 < r.dim) k_sum[1] = all.y;
+    }
   }
 };
 
+// Blocks that a multiprocessor's registers are for: without spills.
+constexpr int sums_blocks(bool half, int dim, Kind kind) {
+  return (half && dim > 64) || (kind != LEAN && dim > 112) ? 1 : 256 / dim;
+}
+
 template <class T, int D, Kind KIND>
-__global__ void __launch_bounds__(2 * D, std::is_same_v<T, f16> && D > 64 ? 1 : 256 / D) linear_sums(const LinearSumsArgs a) {
+__global__ void __launch_bounds__(2 * D, sums_blocks(std::is_same_v<T, f16>, D, KIND)) linear_sums(const LinearSumsArgs a) {
   using Tile = SumsTile<D>;
   DYNAMIC_SHARED(bytes);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -250,6 +260,7 @@ struct Outputs {
     rows.template load<KIND>(from, r.x.token, token, p.end, t, r.dim);
     const int64_t first = min(token, p.end - 1) * (r.dim / 2), second = min(token + 8, p.end - 1) * (r.dim / 2);
     const float *cos[2] = {r.cos + first, r.cos + second}, *sin[2] = {r.sin + first, r.sin + second};
+    float2 c[2][2], z[2][2];  // cosines and sines of a row and step
     float sums[D / 8][4] = {}, weight[2] = {};
     Soft soft[2];
     if (maps.softmax()) rows.template soften<T>(soft, t, r.dim);
@@ -272,8 +283,9 @@ struct Outputs {
       if (maps.rotate()) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float2 c = angles<D, KIND>(cos[i], s, t, r.dim), z = angles<D, KIND>(sin[i], s, t, r.dim);
-          psi[2 * i] = rotated(psi[2 * i], c.x, z.x), psi[2 * i + 1] = rotated(psi[2 * i + 1], c.y, z.y);
+          if (s % 2 == 0) angles<D, KIND>(c[i], cos[i], s, t, r.dim), angles<D, KIND>(z[i], sin[i], s, t, r.dim);
+          psi[2 * i] = rotated(psi[2 * i], c[i][s % 2].x, z[i][s % 2].x);
+          psi[2 * i + 1] = rotated(psi[2 * i + 1], c[i][s % 2].y, z[i][s % 2].y);
         }
       }
       uint32_t parts[2][4];

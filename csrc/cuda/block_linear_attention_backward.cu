@@ -73,15 +73,15 @@ struct Gradients {
   HH_DEVICE void for_steps(const Two<D>& x, const float (&sums)[D / 8][4], int64_t at, const F& f) const {
     const LinearRows& r = a.rows;
     const float *row_cos = r.cos + at * (r.dim / 2), *row_sin = r.sin + at * (r.dim / 2);
+    float2 cos[2] = {{1, 1}, {1, 1}}, sin[2] = {};  // of two steps
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
-      float2 cos = {1, 1}, sin = {0, 0};
-      if (maps.rotate()) cos = angles<D, KIND>(row_cos, s, t, r.dim), sin = angles<D, KIND>(row_sin, s, t, r.dim);
+      if (maps.rotate() && s % 2 == 0) angles<D, KIND>(cos, row_cos, s, t, r.dim), angles<D, KIND>(sin, row_sin, s, t, r.dim);
       const float4 key = *reinterpret_cast<const float4*>(keys + channel<D>(s, t));
       f(Step{s,
              {ptx::unpack<T>(x.row[0].words[2 * s]), ptx::unpack<T>(x.row[0].words[2 * s + 1])},
              {{sums[2 * s][0], sums[2 * s][1]}, {sums[2 * s + 1][0], sums[2 * s + 1][1]}},
-             cos, sin, {{key.x, key.y}, {key.z, key.w}}});
+             cos[s % 2], sin[s % 2], {{key.x, key.y}, {key.z, key.w}}});
     }
   }
 
@@ -183,7 +183,7 @@ struct Gradients {
 };
 
 template <class T, int D, Kind KIND>
-__global__ void __launch_bounds__(32 * WARPS) linear_gradients(const LinearGradientsArgs a) {
+__global__ void __launch_bounds__(32 * WARPS, 2) linear_gradients(const LinearGradientsArgs a) {
   using Kv = State<D, D, true>;
   DYNAMIC_SHARED(bytes);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;

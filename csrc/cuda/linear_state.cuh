@@ -16,28 +16,69 @@ struct State {
 
   static HH_DEVICE int place(int s, int n, int lane) { return (s * (N / 8) + n) * 32 + lane; }
 
-  // kv: the element of row 0, column 0; of `rows` rows of K and `columns` of N, zeros beyond; width: of a row of kv as it lies in memory.
+  // kv [rows, columns] of K x N, zeros beyond, as it lies in memory in rows of `width`, or in columns if TRANSPOSED. A lane reads 16
+  // bytes, its neighbours what lies beside them; odd ones store in another order, so that 8 lanes write to all banks.
   static HH_DEVICE void load(uint4* state, const float* kv, int rows, int columns, int width, int warp, int lane) {
-    const int t = lane % 4, pair = lane / 4;
-    for (int i = warp; i < K / 16 * (N / 16); i += WARPS) {
-      const int s = i / (N / 16), n = i % (N / 16);
-      const int row = channel<K>(s, t), column = channel<N>(n, pair / 2) + pair % 2 * 2;
-      float x[2][4];
+    if constexpr (TRANSPOSED) {
+      const int q = lane % 8, quad = lane / 8;
+      for (int i = warp; i < (K + 31) / 32 * (N / 8); i += WARPS) {
+        const int b = i / (N / 8), n = i % (N / 8), row = 32 * b + 4 * q, column = channel<N>(n / 2, quad) + n % 2 * 2;
+        const bool last = 32 * b + 32 > K;
+        if (row >= K) continue;
+        float4 x[2];
 #pragma unroll
-      for (int e = 0; e < 2; ++e)
+        for (int e = 0; e < 2; ++e) x[e] = four(kv + int64_t(column + e) * width, row, column + e < columns ? rows : 0, width);
+        const int s = last ? 2 * b : 2 * b + q % 2, t = last ? q : q / 2;
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn) {
+          const int e = (q + turn) % 2;
+          const float4 y = e ? x[1] : x[0];
+          store(state, s, n, 4 * (2 * quad + e) + t, {y.x, y.y}, {y.z, y.w});
+        }
+      }
+    } else {
+      const int t = lane % 4, pair = lane / 4;
+      for (int i = warp; i < K / 16 * ((N + 31) / 32); i += WARPS) {
+        const int s = i % (K / 16), b = i / (K / 16), row = channel<K>(s, t);
+        const bool last = 32 * b + 32 > N;  // 16 columns are left, of which a lane has 2
+        const int column = 32 * b + (last ? 2 : 4) * pair;
+        float4 x[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int r = row + j, c = column + e;
-          x[e][j] = r < rows && c < columns ? kv[TRANSPOSED ? int64_t(c) * width + r : int64_t(r) * width + c] : 0.0f;
+          const float* from = kv + int64_t(row + j) * width;
+          x[j] = last ? two(from, column, row + j < rows ? columns : 0, width) : four(from, column, row + j < rows ? columns : 0, width);
         }
+        for (int j = 0; j < (last ? 1 : 2); ++j) {
+          const int n = 4 * b + (last ? pair % 2 : pair % 2 * 2 + j);
 #pragma unroll
-      for (int turn = 0; turn < 2; ++turn) {
-        const int e = (pair + turn) % 2;  // odd pairs begin with the second: so 8 lanes write to all banks
-        float2 low = {e ? x[1][0] : x[0][0], e ? x[1][1] : x[0][1]}, high = {e ? x[1][2] : x[0][2], e ? x[1][3] : x[0][3]};
-        const uint32_t first = take_part(low), second = take_part(high);
-        state[place(s, 2 * n + pair % 2, 4 * (pair / 2 * 2 + e) + t)] = make_uint4(first, second, take_part(low), take_part(high));
+          for (int turn = 0; turn < 2; ++turn) {
+            const int e = (pair + turn) % 2;
+            store(state, s, n, 4 * (pair / 2 * 2 + e) + t, {pick(x[0], j, e), pick(x[1], j, e)}, {pick(x[2], j, e), pick(x[3], j, e)});
+          }
+        }
       }
     }
+  }
+
+  static HH_DEVICE float pick(const float4& x, int j, int e) { return j ? (e ? x.w : x.z) : (e ? x.y : x.x); }
+
+  // Numbers of a row from c on, zeros from `end` on; several at once where rows of `width` allow it.
+  static HH_DEVICE float4 four(const float* row, int c, int end, int width) {
+    if (width % 4 == 0 && c + 4 <= end) return *reinterpret_cast<const float4*>(row + c);
+    return {c < end ? row[c] : 0, c + 1 < end ? row[c + 1] : 0, c + 2 < end ? row[c + 2] : 0, c + 3 < end ? row[c + 3] : 0};
+  }
+  static HH_DEVICE float4 two(const float* row, int c, int end, int width) {
+    if (width % 2 == 0 && c + 2 <= end) {
+      const float2 x = *reinterpret_cast<const float2*>(row + c);
+      return {x.x, x.y, 0, 0};
+    }
+    return {c < end ? row[c] : 0, c + 1 < end ? row[c + 1] : 0, 0, 0};
+  }
+
+  // Both parts of the four numbers that a lane has of a step and a column.
+  static HH_DEVICE void store(uint4* state, int s, int n, int lane, float2 low, float2 high) {
+    const uint32_t first = take_part(low), second = take_part(high);
+    state[place(s, n, lane)] = make_uint4(first, second, take_part(low), take_part(high));
   }
 
   // sums += Σ of PARTS parts of 16 x 16 numbers times both parts of the state; the product of the least parts is left out.
@@ -106,12 +147,22 @@ struct Two {
   }
 };
 
-// cos or sin of the two pairs that a lane has of step s: of a token's row [dim/2].
+// cos or sin of the pairs that a lane has of a token's row [dim/2], of steps s and s + 1 (of the last alone, if it has no other), s even.
 template <int D, Kind KIND>
-HH_DEVICE float2 angles(const float* row, int s, int t, int dim) {
-  const int c = channel<D>(s, t);
-  if constexpr (KIND != ANY) return *reinterpret_cast<const float2*>(row + c / 2);
-  return {c < dim ? row[c / 2] : 0.0f, c + 2 < dim ? row[c / 2 + 1] : 0.0f};
+HH_DEVICE void angles(float2 (&y)[2], const float* row, int s, int t, int dim) {
+  const int c = channel<D>(s, t), pairs = s + 1 < D / 16 ? 4 : 2;
+  if (KIND != ANY && pairs == 4) {
+    const float4 v = *reinterpret_cast<const float4*>(row + c / 2);
+    y[0] = {v.x, v.y}, y[1] = {v.z, v.w};
+  } else if (KIND != ANY) {
+    y[0] = *reinterpret_cast<const float2*>(row + c / 2);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int d = c + 4 * j;
+      if (2 * j < pairs) y[j] = {d < dim ? row[d / 2] : 0.0f, d + 2 < dim ? row[d / 2 + 1] : 0.0f};
+    }
+  }
 }
 
 // 1 / x and what to multiply by it first, so that neither is infinite where a quotient isn't.

@@ -59,13 +59,13 @@ const float* floats(Call& call, const OptTensor& t, std::initializer_list<int64_
 }
 float* new_floats(Call& call, Tensor& t, const char* name) { return static_cast<float*>(call.write(t, name)); }
 
-// What x [B, S, H, D] needs of every kernel.
-LinearRows rows_of(Call& call, const Tensor& x, int64_t v_dim, const OptTensor& gate, const OptTensor& cos, const OptTensor& sin,
-                   int64_t phi, int64_t psi) {
+// What x [B, S, H, D], k or q, needs of every kernel.
+LinearRows rows_of(Call& call, const Tensor& x, const char* name, int64_t v_dim, const OptTensor& gate, const OptTensor& cos,
+                   const OptTensor& sin, int64_t phi, int64_t psi) {
   LinearRows r;
-  r.x = call.heads(x, "k or q");
+  r.x = call.heads(x, name);
   r.batch = x.size(0), r.tokens = x.size(1), r.heads = x.size(2);
-  STD_TORCH_CHECK(r.x.in.dtype != DType::f32, "k or q must be float16 or bfloat16");
+  STD_TORCH_CHECK(r.x.in.dtype != DType::f32, name, " must be float16 or bfloat16");
   STD_TORCH_CHECK(x.size(3) <= MAX_DIM && v_dim <= MAX_DIM, "the head dims must be at most ", MAX_DIM);
   STD_TORCH_CHECK(0 <= phi && phi <= 4 && 0 <= psi && psi <= 4, "phi and psi must be 0 (relu) to 4 (softmax)");
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin must both be given, or neither");
@@ -82,15 +82,18 @@ struct How {
   const std::vector<int64_t>& listed;
 };
 
+// y [B, S, H, Dv], v or dout.
+Heads values(Call& call, const LinearRows& r, const Tensor& y, const char* name) {
+  check_sizes(y, {r.batch, r.tokens, r.heads, r.v_dim}, name);
+  STD_TORCH_CHECK(dtype_of(y, name) == r.x.in.dtype, name, " must have the dtype of the other rows");
+  return call.heads(y, name);
+}
+
 // Σ gate · R ψ(x) yᵀ and Σ weight · φ(x) of each chunk.
-std::tuple<Tensor, Tensor> weighted_sums(Call& call, const LinearRows& rows, const Tensor& x, const Tensor& y, const float* weight,
-                                         const How& how) {
+std::tuple<Tensor, Tensor> weighted_sums(Call& call, const LinearRows& rows, const Tensor& x, const Heads& y, const float* weight,
+                                         const How& how, const char* kv_name, const char* k_sum_name) {
   LinearSumsArgs a;
-  a.rows = rows;
-  a.y = call.heads(y, "v or dout");
-  STD_TORCH_CHECK(a.y.in.dtype == rows.x.in.dtype, "k and v, or q and dout, must have one dtype");
-  check_sizes(y, {rows.batch, rows.tokens, rows.heads, rows.v_dim}, "v or dout");
-  a.weight = weight;
+  a.rows = rows, a.y = y, a.weight = weight;
   const int64_t count = chunks_of(rows.tokens, how.length, how.listed), lines = rows.batch * rows.heads;
   const auto made = [&](int64_t places, ScalarType type = ScalarType::Float) {
     return std::make_tuple(call.empty(x, {rows.batch, rows.heads, places, rows.dim, rows.v_dim}, type),
@@ -98,7 +101,7 @@ std::tuple<Tensor, Tensor> weighted_sums(Call& call, const LinearRows& rows, con
   };
   auto [kv, k_sum] = made(count);
   if (rows.tokens == 0 || kv.numel() == 0) return {torch::stable::zero_(kv), torch::stable::zero_(k_sum)};
-  float *kv_data = new_floats(call, kv, "kv"), *k_sum_data = new_floats(call, k_sum, "k_sum");
+  float *kv_data = new_floats(call, kv, kv_name), *k_sum_data = new_floats(call, k_sum, k_sum_name);
   for (const Run& run : runs_of(rows.tokens, lines, how.length, how.listed)) {
     const LinearChunks& c = a.rows.chunks = run.chunks;
     if (c.pieces == 1) {
@@ -120,14 +123,14 @@ std::tuple<Tensor, Tensor> weighted_sums(Call& call, const LinearRows& rows, con
 
 // gate · (R ψ(x))ᵀ KV [B, S, H, Dv], divided by φ(x)ᵀ K + eps if there is a K.
 Tensor gated_outputs(Call& call, const LinearRows& rows, const Tensor& x, const float* kv, const float* k_sum, const How& how,
-                     double eps) {
+                     double eps, const char* name) {
   Tensor out = call.empty(x, {rows.batch, rows.tokens, rows.heads, rows.v_dim}, x.scalar_type());
   if (out.numel() == 0) return out;
   LinearOutputsArgs a;
   a.rows = rows;
   a.kv = kv, a.k_sum = k_sum;
   a.places = chunks_of(rows.tokens, how.length, how.listed);
-  a.out = call.output(out, "out");
+  a.out = call.output(out, name);
   a.eps = static_cast<float>(eps);
   for (const Run& run : runs_of(rows.tokens, rows.batch * rows.heads, how.length, how.listed)) {
     a.rows.chunks = run.chunks, a.place = run.place;
@@ -137,11 +140,8 @@ Tensor gated_outputs(Call& call, const LinearRows& rows, const Tensor& x, const 
 }
 
 // The gradient in x, by what is in `a` already.
-Tensor gradients(Call& call, LinearGradientsArgs& a, const Tensor& x, const Tensor& y, const How& how) {
+Tensor gradients(Call& call, LinearGradientsArgs& a, const Tensor& x, const How& how) {
   const LinearRows& rows = a.rows;
-  check_sizes(y, {rows.batch, rows.tokens, rows.heads, rows.v_dim}, "v or dout");
-  a.y = call.heads(y, "v or dout");
-  STD_TORCH_CHECK(a.y.in.dtype == rows.x.in.dtype, "k and v, or q and dout, must have one dtype");
   a.places = chunks_of(rows.tokens, how.length, how.listed);
   Tensor dx = call.empty(x);
   if (x.numel() == 0) return dx;
@@ -156,15 +156,19 @@ Tensor gradients(Call& call, LinearGradientsArgs& a, const Tensor& x, const Tens
 struct State {
   const float *kv, *k_sum;
 };
-State state_of(Call& call, const LinearRows& r, const Tensor& kv, const Tensor& k_sum, const How& how) {
+State state_of(Call& call, const LinearRows& r, const Tensor& kv, const Tensor& k_sum, const How& how, const char* kv_name,
+               const char* k_sum_name) {
   const int64_t count = chunks_of(r.tokens, how.length, how.listed);
-  return {floats(call, kv, {r.batch, r.heads, count, r.dim, r.v_dim}, "kv"), floats(call, k_sum, {r.batch, r.heads, count, r.dim}, "k_sum")};
+  return {floats(call, kv, {r.batch, r.heads, count, r.dim, r.v_dim}, kv_name),
+          floats(call, k_sum, {r.batch, r.heads, count, r.dim}, k_sum_name)};
 }
 
 std::tuple<Tensor, Tensor> sums(const Tensor& k, const Tensor& v, const OptTensor& gate, const OptTensor& cos, const OptTensor& sin,
                                 int64_t length, const std::vector<int64_t>& listed, int64_t phi, int64_t psi) {
   Call call(k);
-  return weighted_sums(call, rows_of(call, k, v.size(3), gate, cos, sin, phi, psi), k, v, nullptr, {length, listed});
+  STD_TORCH_CHECK(v.dim() == 4, "v must be [B, S, H, D]");
+  const LinearRows rows = rows_of(call, k, "k", v.size(3), gate, cos, sin, phi, psi);
+  return weighted_sums(call, rows, k, values(call, rows, v, "v"), nullptr, {length, listed}, "kv", "k_sum");
 }
 
 std::tuple<Tensor, Tensor, Tensor> sums_backward(const Tensor& dkv, const Tensor& dk_sum, const Tensor& k, const Tensor& v,
@@ -173,13 +177,15 @@ std::tuple<Tensor, Tensor, Tensor> sums_backward(const Tensor& dkv, const Tensor
   Call call(k);
   const How how{length, listed};
   LinearGradientsArgs a;
-  a.rows = rows_of(call, k, v.size(3), gate, cos, sin, phi, psi);
-  const State state = state_of(call, a.rows, dkv, dk_sum, how);
-  const Tensor dv = gated_outputs(call, a.rows, k, state.kv, nullptr, how, 0);
+  STD_TORCH_CHECK(v.dim() == 4, "v must be [B, S, H, D]");
+  a.rows = rows_of(call, k, "k", v.size(3), gate, cos, sin, phi, psi);
+  const State state = state_of(call, a.rows, dkv, dk_sum, how, "dkv", "dk_sum");
+  const Tensor dv = gated_outputs(call, a.rows, k, state.kv, nullptr, how, 0, "dv");
+  a.y = values(call, a.rows, v, "v");
   Tensor dgate = gate ? call.empty(*gate) : torch::stable::new_empty(k, {0});
   a.kv = state.kv, a.k_sum = state.k_sum;
   if (gate && dgate.numel()) a.dgate = new_floats(call, dgate, "dgate");
-  return {gradients(call, a, k, v, how), dv, dgate};
+  return {gradients(call, a, k, how), dv, dgate};
 }
 
 Tensor outputs(const Tensor& q, const Tensor& kv, const Tensor& k_sum, const OptTensor& cos, const OptTensor& sin, int64_t length,
@@ -187,9 +193,9 @@ Tensor outputs(const Tensor& q, const Tensor& kv, const Tensor& k_sum, const Opt
   Call call(q);
   const How how{length, listed};
   STD_TORCH_CHECK(kv.dim() == 5, "kv must be [B, H, chunks, D, Dv]");
-  const LinearRows rows = rows_of(call, q, kv.size(4), std::nullopt, cos, sin, phi, psi);
-  const State state = state_of(call, rows, kv, k_sum, how);
-  return gated_outputs(call, rows, q, state.kv, normalize ? state.k_sum : nullptr, how, eps);
+  const LinearRows rows = rows_of(call, q, "q", kv.size(4), std::nullopt, cos, sin, phi, psi);
+  const State state = state_of(call, rows, kv, k_sum, how, "kv", "k_sum");
+  return gated_outputs(call, rows, q, state.kv, normalize ? state.k_sum : nullptr, how, eps, "out");
 }
 
 std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Tensor& q, const Tensor& kv, const Tensor& k_sum,
@@ -200,8 +206,9 @@ std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Te
   const How how{length, listed};
   STD_TORCH_CHECK(kv.dim() == 5, "kv must be [B, H, chunks, D, Dv]");
   LinearGradientsArgs a;
-  a.rows = rows_of(call, q, kv.size(4), std::nullopt, cos, sin, phi, psi);
-  const State state = state_of(call, a.rows, kv, k_sum, how);
+  a.rows = rows_of(call, q, "q", kv.size(4), std::nullopt, cos, sin, phi, psi);
+  a.y = values(call, a.rows, dout, "dout");
+  const State state = state_of(call, a.rows, kv, k_sum, how, "kv", "k_sum");
   a.kv = state.kv;
   Tensor factor = torch::stable::new_empty(q, {0}), weight = torch::stable::new_empty(q, {0});
   if (normalize) {
@@ -211,10 +218,10 @@ std::tuple<Tensor, Tensor, Tensor> outputs_backward(const Tensor& dout, const Te
       *t = call.empty(q, {a.rows.batch, a.rows.tokens, a.rows.heads}, ScalarType::Float);
     a.factor = new_floats(call, factor, "factor"), a.weight = new_floats(call, weight, "weight");
   }
-  const Tensor dq = gradients(call, a, q, dout, how);
+  const Tensor dq = gradients(call, a, q, how);
   LinearRows rows = a.rows;
   rows.gate = a.factor;
-  auto [dkv, dk_sum] = weighted_sums(call, rows, q, dout, a.weight, how);
+  auto [dkv, dk_sum] = weighted_sums(call, rows, q, a.y, a.weight, how, "dkv", "dk_sum");
   return {dq, dkv, normalize ? dk_sum : torch::stable::zero_(dk_sum)};
 }
 
