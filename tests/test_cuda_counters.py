@@ -44,11 +44,19 @@ def _attention(gradients: bool) -> None:
         (out.float().sum() + lse.sum()).backward()
 
 
+def linear_attention() -> None:
+    """Two chunks of a head of 112, rotated, forward and backward."""
+    q, k, v = (randn(1, 512, 1, 112, seed=i).to(BF16).requires_grad_() for i in range(3))
+    rope = hhattn.rope_3d((1, 16, 32), 112)
+    hhattn.block_linear_attention(q, k, v, chunk_lens=256, rope=rope, impl="cuda").float().sum().backward()
+
+
 CASES: dict[str, tuple[int, Callable[[], None]]] = {
     "norm_modulate": (80, norm_modulate),
     "norm_modulate_backward": (80, norm_modulate_backward),
     "block_sparse_attention": (80, lambda: _attention(gradients=False)),
     "block_sparse_attention_backward": (80, lambda: _attention(gradients=True)),
+    "block_linear_attention": (80, linear_attention),
 }
 
 #: Beginnings of lines outside of main loops that may cost so many times their minimum, and why that is little.
