@@ -15,7 +15,7 @@ DEFINES = ("HH_HEAD_DIMS=32",)
 
 def forward(sizes: tuple[int, ...], chunk: int, names: set[str], **how: object) -> None:
     """Outputs and state, in bfloat16."""
-    batch, tokens, heads, kv_heads, dim, dim_v = sizes
+    batch, tokens, heads, _, dim, dim_v = sizes
     lens = linear.lens_of(chunk, tokens)
     given = [x.to(torch.bfloat16) for x in linear.inputs(*sizes)]
     extra = linear.options(batch, tokens, heads, dim, dim_v, len(lens), names)
