@@ -61,7 +61,7 @@ CASES: dict[str, tuple[int, Callable[[], None]]] = {
 
 #: Beginnings of lines outside of main loops that may cost so many times their minimum, and why that is little.
 KNOWN = {
-    "state[place(s, n, lane)] = ": 1.2,  # a chunk's state, once; where the last 16 of its rows leave half of the lanes idle
+    "state[place(s, n, lane)] = ": 1.2,  # a state, once a piece; the last 16 of 112 rows leave half of the lanes idle
     "halves[0] = ": 2.0,  # float32 sums of norms over tokens, once in a piece of them
     "a.delta[at] = ": 2.0,  # a number a row and head, beside rows of dout and out; neighbours in a warp are heads
     "a.log2[at] = ": 2.0,
