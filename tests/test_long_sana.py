@@ -228,17 +228,90 @@ def test_close_gives_the_model_back(folder: Path) -> None:
         list(other.stream(request(frames=5)))
         other.close()
         assert torch.equal(model(x, text, torch.tensor([500.0]), return_dict=False)[0], before)
-        LongSana(sana.pipeline)
+        held = LongSana(sana.pipeline)
         with pytest.raises(ValueError, match="streams already; close"):
             LongSana(sana.pipeline)
+        del held  # forgotten: given back
+        with LongSana(sana.pipeline) as another:
+            next(another.stream(request()))
+            # between chunks the model is its own
+            assert torch.equal(model(x, text, torch.tensor([500.0]), return_dict=False)[0], before)
+        assert type(model.transformer_blocks[0].attn1.processor).__module__.startswith("diffusers")
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_after_a_failed_chunk_it_goes_on_from_the_one_before(
+    sana: LongSana, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the chunk had done already: positions counted anew, sums and frames written, pictures decoded."""
+    sana._stream.limit = 7
+    expected = list(sana.stream(request()))
+    chunks = sana.stream(request())
+    got = [next(chunks)]
+    failing = sana._decode_on if part == "vae" else sana._predict
+    calls = iter(range(100))
+
+    def fail(*args: Any) -> Any:
+        out = failing(*args)
+        if part == "vae" or next(calls) == len(LEVELS):  # the pass that writes
+            raise MemoryError
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sana, failing.__name__, fail)
+        with pytest.raises(MemoryError):
+            next(chunks)
+    got += list(sana.stream(request(), sana.state()))
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one.frames, other.frames)
+        assert torch.equal(one.latents, other.latents)
+
+
+def test_a_state_is_of_its_own_clip(sana: LongSana) -> None:
+    next(sana.stream(request()))
+    state = sana.state()
+    for name, value in {"chunk": 3, "seed": 1, "steps": 2, "guidance": 2.0, "height": 48, "width": 32}.items():
+        with pytest.raises(ValueError, match=f"^{name}=.*: state is of a clip with {name}="):
+            sana.stream(request(**{name: value}), state)
+    longer = list(sana.stream(request(prompt="a blue boat", frames=57), state))
+    assert [chunk.index for chunk in longer] == [1, 2, 3]
+
+
+def test_offloaded_it_comes_back_for_every_part(sana: LongSana, folder: Path) -> None:
+    """accelerate's hooks see the VAE too, which is decoded frame by frame."""
+    pytest.importorskip("accelerate")
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Count(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return args, kwargs
+
+    hook = Count()
+    add_hook_to_module(sana.pipeline.vae, hook)
+    frames, _ = joined(sana, request(frames=25))
+    assert hook.calls == 2  # chunks
+    assert torch.equal(frames, joined(LongSana.from_pretrained(folder), request(frames=25))[0])
 
 
 def test_refuses(sana: LongSana) -> None:
     for settings, message in (
         ({"prompt": {1: "a boat"}}, "with chunk 0 among them"),
-        ({"frames": 0}, "frames=0: accepted is 1 or more"),
+        ({"frames": 0}, "frames=0: accepted is a whole number of 1 or more"),
+        ({"frames": 9.5}, "frames=9.5: accepted is a whole number"),
         ({"steps": (100.0, 200.0)}, "accepted are levels above 0"),
         ({"steps": 0}, "steps=0"),
+        ({"steps": True}, "steps=True: accepted are levels"),
+        ({"prompt": ["a", "b"]}, "accepted are words"),
+        ({"prompt": None}, "accepted are words"),
+        ({"seed": -1}, "seed=-1"),
+        (
+            {"image": torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)},
+            "image is torch.uint8, 0 to 0; accepted are floats",
+        ),
+        ({"image": torch.full((3, HEIGHT, WIDTH), 2.0)}, "image is torch.float32, 2 to 2; accepted are floats"),
         ({"guidance": 0.5}, "guidance=0.5"),
         ({"image": torch.zeros(3, 8, 8)}, r"image has shape \(3, 8, 8\)"),
     ):

@@ -101,8 +101,10 @@ class Job:
         unit = int(self.sana.pipeline.vae_scale_factor_spatial) * patch
         height, width = (-(-n // unit) * unit for n in clip.size)
         count = -(-max(1, round(clip.seconds * clip.fps)) // int(self.sana.pipeline.vae_scale_factor_temporal))
-        if max(clip.prompts) > count // clip.chunk:
-            raise ValueError(f"then={max(clip.prompts)}:...; accepted: chunks of the clip, 1 ... {count // clip.chunk}")
+        last = count // clip.chunk
+        if max(clip.prompts) > last:
+            accepted = f"chunks of the clip, 1 ... {last}" if last else "none, since the clip is one chunk"
+            raise ValueError(f"then={max(clip.prompts)}:...; accepted: {accepted}")
         image = None if clip.image is None else read_picture(clip.image, height, width) * 2 - 1
         self.request = LongRequest(
             clip.prompts,

@@ -33,8 +33,9 @@ class Memory:
 class Stream:
     """Installs the memory in a SanaVideoTransformer3DModel; :meth:`undo` takes it out.
 
-    The model's own forward then runs a chunk: it attends the chunk and all that is remembered, at positions that go on
-    from the last chunk's. Inside :meth:`writing` the chunk is added to the memory.
+    Inside :meth:`running` the model's own forward runs a chunk: it attends the chunk and all that is remembered, at
+    positions that go on from the last chunk's. Inside :meth:`writing` the chunk is added to the memory. Outside of both
+    the model is what it was.
 
     Raises ValueError for a model whose layers are not SANA-Video's.
     """
@@ -45,12 +46,13 @@ class Stream:
         self.model, self.handle = model, Swap()
         self.memory = [Memory() for _ in model.transformer_blocks]
         self.position = 0  # of the next chunk's first latent frame, counted from the origin
-        self._writing = False
+        self.active = self._writing = False
         self.limit = int(model.rope.max_seq_len)
         try:
             for i, block in enumerate(model.transformer_blocks):
                 self._install(i, block)
-            self.handle.set_forward("rope", model.rope, self._rope)
+            own = model.rope.forward
+            self.handle.set_forward("rope", model.rope, lambda rope, x: self._rope(rope, x) if self.active else own(x))
         except BaseException:
             self.handle.undo()
             raise
@@ -58,6 +60,15 @@ class Stream:
     def undo(self) -> None:
         """Give the model back as it was."""
         self.handle.undo()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What the model is called with inside is the next chunk."""
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -108,10 +119,12 @@ class Stream:
             raise ValueError(f"transformer_blocks.{i}.attn1: {why}")
         if block.ff.residual_connection or block.ff.norm_type is not None:
             raise ValueError(f"transformer_blocks.{i}.ff: accepted is SANA-Video's, without a norm and a residual")
-        self.handle.set_processor(f"transformer_blocks.{i}.attn1", block.attn1, _Attention(self, i))
+        attention = _Attention(self, i, block.attn1.processor)
+        self.handle.set_processor(f"transformer_blocks.{i}.attn1", block.attn1, attention)
+        own = block.ff.forward
 
         def forward(ff: Any, hidden_states: Tensor) -> Tensor:
-            return self._ff(i, ff, hidden_states)
+            return self._ff(i, ff, hidden_states) if self.active else own(hidden_states)
 
         self.handle.set_forward(f"transformer_blocks.{i}.ff", block.ff, forward)
 
@@ -141,8 +154,8 @@ class Stream:
 class _Attention:
     """SANA-Video's linear self-attention of a chunk, with what its layer remembers."""
 
-    def __init__(self, stream: Stream, layer: int) -> None:
-        self.stream, self.layer = stream, layer
+    def __init__(self, stream: Stream, layer: int, own: Any) -> None:
+        self.stream, self.layer, self.own = stream, layer, own
 
     def __call__(
         self,
@@ -153,6 +166,8 @@ class _Attention:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """hidden_states [B, S, C], rotary_emb (cos, sin) [1, S, 1, D] -> [B, S, C]."""
+        if not self.stream.active:
+            return cast(Tensor, self.own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
         if encoder_hidden_states is not None or attention_mask is not None or rotary_emb is None:
             raise ValueError("SANA-Video's self-attention takes rotary_emb and no mask or second sequence")
         q, k = norm_rope(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), None, fuse=True)

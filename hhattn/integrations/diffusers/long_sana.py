@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ from torch import Tensor
 from hhattn.integrations.diffusers._sana_stream import Memory, Stream
 
 FEW_STEPS = (1000.0, 960.0, 889.0, 727.0)  # LongSANA's distilled sampler
+FIXED = ("height", "width", "chunk", "steps", "guidance", "seed")  # what a clip that goes on can't change
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_prompt(item: tuple[Any, Any]) -> bool:
+    return _is_whole(item[0]) and item[0] >= 0 and isinstance(item[1], str)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class LongRequest:
     steps: noise levels of the distilled sampler, 1000 ... 0, descending; or a number of steps of the pipeline's own
         scheduler, for a model that isn't distilled.
     guidance: classifier-free guidance; 1 is off, above 1 doubles the cost.
-    image: [3, height, width] in [-1, 1]: becomes the first picture.
+    image: [3, height, width], floats in [-1, 1]: becomes the first picture.
     """
 
     prompt: str | dict[int, str]
@@ -49,23 +59,39 @@ class LongRequest:
     image: Tensor | None = None
 
     def __post_init__(self) -> None:
-        prompts = {0: self.prompt} if isinstance(self.prompt, str) else dict(self.prompt)
-        if 0 not in prompts or any(not isinstance(i, int) or i < 0 for i in prompts):
+        prompts = {0: self.prompt} if isinstance(self.prompt, str) else self.prompt
+        if not isinstance(prompts, dict) or 0 not in prompts or not all(map(_is_prompt, prompts.items())):
             raise ValueError(f"prompt={self.prompt!r}: accepted are words, or {{chunk: words}} with chunk 0 among them")
         for name in ("frames", "height", "width", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: accepted is 1 or more")
-        levels = [] if isinstance(self.steps, int) else list(self.steps)
-        if isinstance(self.steps, int) and self.steps < 1:
-            raise ValueError(f"steps={self.steps}: accepted is 1 or more")
-        if not isinstance(self.steps, int) and (
-            not levels or levels[0] > 1000 or levels[-1] <= 0 or sorted(levels, reverse=True) != levels
-        ):
-            raise ValueError(f"steps={self.steps}: accepted are levels above 0 up to 1000, descending, or a number")
+            if not _is_whole(value := getattr(self, name)) or value < 1:
+                raise ValueError(f"{name}={value!r}: accepted is a whole number of 1 or more")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**40:
+            raise ValueError(f"seed={self.seed!r}: accepted is 0 to {2**40 - 1}")
+        self._check_steps()
         if self.guidance < 1:
             raise ValueError(f"guidance={self.guidance}: accepted is 1 (off) or more")
-        if self.image is not None and tuple(self.image.shape) != (3, self.height, self.width):
-            raise ValueError(f"image has shape {tuple(self.image.shape)}; accepted is (3, {self.height}, {self.width})")
+        if self.image is not None:
+            self._check_image(self.image)
+
+    def _check_steps(self) -> None:
+        if _is_whole(self.steps):
+            if self.steps < 1:
+                raise ValueError(f"steps={self.steps}: accepted is 1 or more")
+            return
+        levels = list(self.steps) if isinstance(self.steps, Sequence) else []
+        if not levels or levels[0] > 1000 or levels[-1] <= 0 or sorted(levels, reverse=True) != levels:
+            raise ValueError(f"steps={self.steps}: accepted are levels above 0 up to 1000, descending, or a number")
+
+    def _check_image(self, image: Tensor) -> None:
+        if tuple(image.shape) != (3, self.height, self.width):
+            raise ValueError(f"image has shape {tuple(image.shape)}; accepted is (3, {self.height}, {self.width})")
+        if not image.is_floating_point() or not image.abs().max() <= 1:
+            came = f"{image.dtype}, {image.min().item():g} to {image.max().item():g}"
+            raise ValueError(f"image is {came}; accepted are floats from -1 to 1")
+
+    def fixed(self) -> dict[str, Any]:
+        """What has to stay the same when a clip goes on; prompts and length may change."""
+        return {name: v if _is_whole(v := getattr(self, name)) or name == "guidance" else list(v) for name in FIXED}
 
     def prompt_of(self, chunk: int) -> str:
         """The prompt that holds for a chunk: the last given before or at it."""
@@ -84,9 +110,10 @@ class LongChunk:
 
 @dataclass
 class _Progress:
-    """Where a clip stands between two chunks, and what the model remembers of it."""
+    """Where a clip stands between two chunks, and what the model remembers of it. ``request``: what is fixed of it."""
 
     memory: list[Memory]
+    request: dict[str, Any] = field(default_factory=dict)
     position: int = 0
     index: int = 0
     done: int = 0  # pictures
@@ -99,7 +126,8 @@ class LongSana:
 
     :meth:`stream` generates; between two chunks :meth:`state` is all that is needed to go on in another process.
     Several streams may be open at once, each with a memory of its own: chunks of one and another in turn, in one
-    thread. The pipeline's transformer remembers until :meth:`close`, which gives it back as it was.
+    thread. Between chunks the pipeline works as ever. :meth:`close`, leaving a ``with`` block, and being forgotten give
+    its transformer back as it was.
     """
 
     pipeline: Any
@@ -116,6 +144,7 @@ class LongSana:
             raise ValueError(f"its transformer is a {type(self.pipeline.transformer).__name__}; accepted: SANA-Video's")
         self._stream = Stream(self.pipeline.transformer)
         self._at = _Progress(self._stream.memory)
+        weakref.finalize(self, self._stream.undo)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> LongSana:
@@ -128,6 +157,12 @@ class LongSana:
         """Give the pipeline's transformer back as it was."""
         self._stream.undo()
 
+    def __enter__(self) -> LongSana:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def nbytes(self) -> int:
         """Bytes that are remembered of the past of the stream whose chunk came last, whatever its length."""
@@ -136,20 +171,26 @@ class LongSana:
     def state(self) -> dict[str, Any]:
         """Everything of the stream whose chunk came last, for ``torch.save`` and ``stream(request, state)``."""
         at = self._at
-        return {"stream": self._stream.state(), "at": {"index": at.index, "done": at.done, "decoder": at.decoder}}
+        kept = {"index": at.index, "done": at.done, "decoder": at.decoder, "request": at.request}
+        return {"stream": self._stream.state(), "at": kept}
 
     def stream(self, request: LongRequest, state: dict[str, Any] | None = None) -> Iterator[LongChunk]:
-        """Generate chunk after chunk; with ``state``, those that are still to come of the same request.
+        """Generate chunk after chunk; with ``state``, those that are still to come of the same request, whose prompts
+        and length may have changed.
 
-        Raises ValueError for a size that the models don't take, before anything is generated.
+        Where a chunk fails, the state is that after the chunk before.
+
+        Raises ValueError for a size that the models don't take, or another clip's ``state``, before anything is
+        generated.
         """
         self._check(request)
-        if not 0 <= request.seed < 2**40:
-            raise ValueError(f"seed={request.seed}: accepted is 0 to {2**40 - 1}")
+        at = {"request": request.fixed()} if state is None else state["at"]
+        for name, value in request.fixed().items():
+            if at["request"][name] != value:
+                raise ValueError(f"{name}={value}: state is of a clip with {name}={at['request'][name]}")
         empty = {"memory": [(None, None)] * len(self._stream.memory), "position": 0}
         self._stream.restore(empty if state is None else state["stream"])
-        at = {} if state is None else state["at"]
-        self._at = _Progress(self._stream.memory, self._stream.position, **at)
+        self._at = _Progress(self._stream.memory, position=self._stream.position, **at)
         return self._chunks(request, self._at)
 
     def latent_frames(self, request: LongRequest) -> int:
@@ -173,17 +214,31 @@ class LongSana:
             if words is None or request.prompt_of(at.index) != said:
                 said = request.prompt_of(at.index)
                 words = self._words(said, request)
-            count = min(request.chunk, total - at.index * request.chunk)
-            self._at, self._stream.memory, self._stream.position = at, at.memory, at.position
+            done, at = at, replace(at, memory=[replace(layer) for layer in at.memory])
+            try:
+                self._enter(at)
+                chunk = self._next(request, words, min(request.chunk, total - at.index * request.chunk))
+            except BaseException:
+                self._enter(done)  # what was written of this chunk is forgotten
+                raise
+            yield chunk
+
+    def _enter(self, at: _Progress) -> None:
+        self._at, self._stream.memory, self._stream.position = at, at.memory, at.position
+
+    def _next(self, request: LongRequest, words: tuple[Tensor, Tensor], count: int) -> LongChunk:
+        """The chunk at hand, ``count`` latent frames; written into the memory."""
+        at = self._at
+        with self._stream.running():
             self._stream.make_room(count)
             latents = self._denoise(request, words, count)
             with self._stream.writing():
                 self._predict(latents, torch.zeros(1), words, request, None)
-            frames = self._decode(latents)[: request.frames - at.done]
-            at.done += len(frames)
-            at.index += 1
-            at.position = self._stream.position
-            yield LongChunk(at.index - 1, frames, latents)
+        frames = self._decode(latents)[: request.frames - at.done]
+        at.done += len(frames)
+        at.index += 1
+        at.position = self._stream.position
+        return LongChunk(at.index - 1, frames, latents)
 
     def _words(self, prompt: str, request: LongRequest) -> tuple[Tensor, Tensor]:
         """Embeddings and mask, those of the negative prompt first where there is guidance."""
@@ -298,6 +353,8 @@ class LongSana:
         return ((video[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
 
     def _decode_on(self, vae: Any, z: Tensor) -> Tensor:
+        if hook := getattr(getattr(vae, "_hf_hook", None), "pre_forward", None):
+            hook(vae)  # offloaded, it comes back when it is decoded with, as by its own decode()
         vae.clear_cache()
         began = self._at.decoder is not None
         if self._at.decoder is not None:
