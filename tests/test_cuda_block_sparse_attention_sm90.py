@@ -97,6 +97,9 @@ def test_what_is_masked_does_not_matter(shape: tuple[int, int, int]) -> None:
     assert (out[0, reached, 0, 5] == torch.inf).all()
     assert out[0, ~reached].isfinite().all()
     assert out[..., 6].isfinite().all()
+    v[:] = torch.nan
+    out, _ = attend(q, k, v, mask)
+    assert out[0].isnan().all()
 
 
 @emulated

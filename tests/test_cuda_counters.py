@@ -55,6 +55,7 @@ CASES: dict[str, tuple[int, Callable[[], None]]] = {
     "norm_modulate": (80, norm_modulate),
     "norm_modulate_backward": (80, norm_modulate_backward),
     "block_sparse_attention": (80, lambda: _attention(gradients=False)),
+    "block_sparse_attention_sm90": (90, lambda: _attention(gradients=False)),
     "block_sparse_attention_backward": (80, lambda: _attention(gradients=True)),
     "block_linear_attention": (80, linear_attention),
 }

@@ -154,10 +154,10 @@ HH_DEVICE void store(const BlockSparseArgs& a, const Places<S>& at, const Place&
     if (lane % 4 == 0 && row < there)
       a.lse[(int64_t(r.batch) * a.heads + r.head) * a.q_len + r.first + row] =
           total == 0 ? -INF : (shift[i] + ptx::log2(total)) * LN_2;
-    float zero = 0;  // unless a sum isn't finite
+    bool unknown = false;  // a NaN, which 0 times infinity may have made
 #pragma unroll
-    for (int j = 0; j < S::HEAD / 2; j += 4) zero = fmaf(o[j + 2 * i], 0.0f, fmaf(o[j + 2 * i + 1], 0.0f, zero));
-    again[i] = __ballot_sync(0xffffffffu, zero != 0 && total < INF && row < there);
+    for (int j = 2 * i; j < S::HEAD / 2; j += 4) unknown |= o[j] != o[j] || o[j + 1] != o[j + 1];
+    again[i] = __ballot_sync(0xffffffffu, unknown && total < INF && row < there);
   }
   if (S::Q_IN_REGISTERS)
     __syncwarp();
@@ -238,7 +238,11 @@ inline bool encode(TensorMap& map, const Heads& x, int batch, int tokens, int he
   static const auto driver = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
   }();
   const uint32_t ones[4] = {1, 1, 1, 1};

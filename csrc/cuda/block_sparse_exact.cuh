@@ -44,6 +44,10 @@ HH_DEVICE void exact_row(const BlockSparseArgs& a, int batch, int head, int bloc
       for (int i = 0; i < int(sizeof sums / 4); ++i)
         if (lane + 32 * i < a.v_dim) sums[i] = fmaf(w, ptx::to_float(value[lane + 32 * i]), sums[i]);
     }
+    bool settled = true;  // NaNs stay
+#pragma unroll
+    for (int i = 0; i < int(sizeof sums / 4); ++i) settled &= sums[i] != sums[i] || lane + 32 * i >= a.v_dim;
+    if (__all_sync(0xffffffffu, settled)) break;
   }
   T* out = static_cast<T*>(a.out) + ((static_cast<int64_t>(batch) * a.q_len + query) * a.heads + head) * a.v_dim;
 #pragma unroll
