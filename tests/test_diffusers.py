@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -286,12 +287,17 @@ def test_backend_of_diffusers(wan: WanTransformer3DModel) -> None:
     q, k, v = (randn(2, 6, 2, 8, seed=i) for i in range(3))
     keep = torch.rand(2, 1, 6, 6) < 0.7
     keep |= torch.eye(6, dtype=torch.bool)
-    for settings in ({}, {"attn_mask": keep}, {"attn_mask": keep[:, 0, 0]}, {"is_causal": True}, {"scale": 0.3}):
+    settings: list[dict[str, Any]] = [{}, {"is_causal": True}, {"scale": 0.3}]
+    settings += [{"attn_mask": mask} for mask in (keep, keep[:, 0, 0], keep[0, 0])]  # of pairs, of keys, of all pairs
+    calls = [((q, k, v), some) for some in settings]
+    calls += [((q.double(), k.double(), v.double()), {}), ((q, k[:, :0], v[:, :0]), {})]
+    for qkv, some in calls:
         with attention_dispatch.attention_backend("hhattn"):
-            got = attention_dispatch.dispatch_attention_fn(q, k, v, **settings)
-        torch.testing.assert_close(got, attention_dispatch.dispatch_attention_fn(q, k, v, **settings))
-    with pytest.raises(ValueError, match=r"dropout_p=0.5: hhattn's backend accepts 0"):
-        attend(q, k, v, dropout_p=0.5)
+            got = attention_dispatch.dispatch_attention_fn(*qkv, **some)
+        torch.testing.assert_close(got, attention_dispatch.dispatch_attention_fn(*qkv, **some))
+    assert not torch.equal(attend(q, k, v, dropout_p=0.5), attend(q, k, v))
+    with pytest.raises(ValueError, match="return_lse=True: hhattn's backend accepts False"):
+        attend(q, k, v, return_lse=True)
 
 
 def test_backend_refuses_another_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:

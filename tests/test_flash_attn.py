@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from hhattn.integrations.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 LENGTHS = [(70, 70), (5, 130), (130, 5), (1, 1)]
 WINDOWS = [(-1, -1), (3, -1), (-1, 4), (10, 2), (0, 0)]
@@ -75,6 +82,24 @@ def test_packed() -> None:
     assert torch.equal(flash_attn_qkvpacked_func(qkv, causal=True), flash_attn_func(*qkv.unbind(2), causal=True))
     with pytest.raises(ValueError, match=r"qkv has shape \(2, 30, 4, 16\); accepted is \[B, S, 3, H, D\]"):
         flash_attn_qkvpacked_func(qkv[:, :, 0])
+    q, kv = randn(2, 20, 4, 16), randn(2, 30, 2, 2, 16, seed=1)
+    assert torch.equal(flash_attn_kvpacked_func(q, kv, 0.0, None, True), flash_attn_func(q, *kv.unbind(2), causal=True))
+    with pytest.raises(ValueError, match=r"kv has shape \(2, 30, 2, 16\); accepted is \[B, Sk, 2, H_kv, D\]"):
+        flash_attn_kvpacked_func(q, kv[:, :, 0])
+    cu_q, cu_k = torch.tensor([0, 8, 20]), torch.tensor([0, 13, 30])
+    expected = flash_attn_varlen_func(q[0], *kv[0].unbind(1), cu_q, cu_k, 12, 17, causal=True)
+    assert torch.equal(flash_attn_varlen_kvpacked_func(q[0], kv[0], cu_q, cu_k, 12, 17, causal=True), expected)
+    expected = flash_attn_varlen_func(*qkv[0].unbind(1), cu_k, cu_k, 17, 17)
+    assert torch.equal(flash_attn_varlen_qkvpacked_func(qkv[0], cu_k, 17), expected)
+
+
+def test_sequences_under_autocast_and_tokens_behind_them() -> None:
+    q, cu = randn(12, 2, 16), torch.tensor([0, 3, 9])
+    whole = flash_attn_varlen_func(q, q, q, cu, cu, 6, 6)
+    torch.testing.assert_close(whole[:9], flash_attn_varlen_func(q[:9], q[:9], q[:9], cu, cu, 6, 6))
+    assert not whole[9:].any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attn_varlen_func(q, q, q, cu, cu, 6, 6).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -95,8 +120,8 @@ def test_sequences_end_to_end(causal: bool) -> None:
             assert torch.equal(out[mine], torch.zeros_like(out[mine]))
             assert (lse[:, mine] == -math.inf).all()
     assert torch.equal(flash_attn_varlen_func(q, k, v, cu_q, cu_k, 17, 30, causal=causal), out)
-    with pytest.raises(ValueError, match=r"cu_seqlens_q=\[0, 5\]: accepted are ascending numbers from 0 to 25"):
-        flash_attn_varlen_func(q, k, v, cu_q[:2], cu_k, 17, 30)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q=\[0, 26\]: accepted are ascending numbers from 0 to 25 at"):
+        flash_attn_varlen_func(q, k, v, torch.tensor([0, 26]), cu_k, 17, 30)
 
 
 def test_what_only_flash_attn_does_is_refused() -> None:

@@ -87,6 +87,41 @@ def flash_attn_qkvpacked_func(
     )
 
 
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *settings: Any, **named: Any) -> Output:
+    """:func:`flash_attn_func` of k and v in one tensor [B, Sk, 2, H_kv, D]; what follows them is the same."""
+    if kv.ndim != 5 or kv.shape[2] != 2:
+        raise ValueError(f"kv has shape {tuple(kv.shape)}; accepted is [B, Sk, 2, H_kv, D]")
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *settings, **named)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *settings: Any, **named: Any
+) -> Output:
+    """:func:`flash_attn_varlen_func` of q, k and v in one tensor [total, 3, H, D], with one set of lengths."""
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; accepted is [total, 3, H, D]")
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *settings, **named)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *settings: Any,
+    **named: Any,
+) -> Output:
+    """:func:`flash_attn_varlen_func` of k and v in one tensor [total_k, 2, H_kv, D]."""
+    if kv.ndim != 4 or kv.shape[1] != 2:
+        raise ValueError(f"kv has shape {tuple(kv.shape)}; accepted is [total_k, 2, H_kv, D]")
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *settings, **named)
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -108,7 +143,8 @@ def flash_attn_varlen_func(
     """:func:`flash_attn_func` of sequences laid end to end: sequence i is ``q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]``.
 
     q [total_q, H, D], k, v [total_k, H_kv, D], cu_seqlens [B + 1] int32 -> [total_q, H, D]; lse [H, total_q]. Where
-    flash-attn doesn't run, the lengths are read on the host and sequences are attended one after another.
+    flash-attn doesn't run, the lengths are read on the host and sequences are attended one after another; tokens behind
+    the last sequence give 0, and so do queries without keys, with an lse of -inf.
     """
     settings: dict[str, Any] = {
         "dropout_p": dropout_p, "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size,
@@ -126,25 +162,27 @@ def flash_attn_varlen_func(
     q_ends, k_ends = (_ends(name, x, n) for name, x, n in _sequences(q, k, cu_seqlens_q, cu_seqlens_k))
     if len(q_ends) != len(k_ends):
         raise ValueError(f"cu_seqlens_q has {len(q_ends) - 1} sequences, cu_seqlens_k {len(k_ends) - 1}")
-    outs, lses = [q.new_empty(0, q.shape[1], v.shape[2])], [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
+    q, k, v = (_as_autocast(x) for x in (q, k, v))
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), torch.full((q.shape[1], len(q)), -torch.inf, device=q.device)
     settings["return_attn_probs"] = True
+    outs, lses = [out[:0]], [lse[:, :0]]
     for i in range(len(q_ends) - 1):
         queries, keys = slice(q_ends[i], q_ends[i + 1]), slice(k_ends[i], k_ends[i + 1])
-        if q_ends[i] < q_ends[i + 1]:
-            out, lse, _ = _one(q[queries], k[keys], v[keys], settings)
-            outs.append(out)
-            lses.append(lse)
-    out = torch.cat(outs)
-    return (out, torch.cat(lses, dim=1), None) if return_attn_probs else out
+        if k_ends[i] == k_ends[i + 1]:
+            outs.append(out[queries])
+            lses.append(lse[:, queries])
+        elif q_ends[i] < q_ends[i + 1]:
+            one, its_lse, _ = flash_attn_func(q[None, queries], k[None, keys], v[None, keys], **settings)
+            outs.append(one[0])
+            lses.append(its_lse[0])
+    out = torch.cat([*outs, out[q_ends[-1] :]])
+    return (out, torch.cat([*lses, lse[:, q_ends[-1] :]], dim=1), None) if return_attn_probs else out
 
 
-def _one(q: Tensor, k: Tensor, v: Tensor, settings: dict[str, Any]) -> tuple[Tensor, Tensor, None]:
-    """One sequence; without keys everything is 0."""
-    if not len(k):
-        lse = torch.full((q.shape[1], len(q)), -torch.inf, device=q.device)
-        return q.new_zeros(*q.shape[:2], v.shape[2]), lse, None
-    out, lse, _ = flash_attn_func(q[None], k[None], v[None], **settings)
-    return out[0], lse[0], None
+def _as_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast, where it is on, has attention computed in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
 
 
 def _refuse(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:
@@ -178,6 +216,6 @@ def _sequences(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> list[tuple[s
 
 def _ends(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     ends = [int(n) for n in cu_seqlens.tolist()]
-    if not ends or ends[0] != 0 or ends[-1] != total or any(a > b for a, b in pairwise(ends)):
-        raise ValueError(f"{name}={ends}: accepted are ascending numbers from 0 to {total}")
+    if not ends or ends[0] != 0 or ends[-1] > total or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"{name}={ends}: accepted are ascending numbers from 0 to {total} at most")
     return ends

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,7 @@ import hhattn
 
 NAME = "hhattn"
 TESTED = "0.36 to 0.42"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register_backend() -> None:
@@ -58,23 +60,24 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    return_lse: bool = False,
     _parallel_config: Any = None,
 ) -> Tensor:
     """What diffusers' dispatcher calls: query [B, Sq, H, D], key, value [B, Sk, H_kv, D] -> [B, Sq, H, D].
 
-    :func:`hhattn.attention`, or torch's SDPA where a mask or a causal call of two lengths asks for its meaning. Dropout
-    and context parallelism are refused.
+    :func:`hhattn.attention`, or torch's SDPA for what that doesn't mean or take: a mask, a causal call of two lengths,
+    dropout, other dtypes, no tokens. ``return_lse`` and context parallelism are refused.
     """
-    if dropout_p:
-        raise ValueError(f"dropout_p={dropout_p}: hhattn's backend accepts 0")
+    if return_lse:
+        raise ValueError("return_lse=True: hhattn's backend accepts False, as diffusers' native one does")
     if _parallel_config is not None:
         raise ValueError("hhattn's backend doesn't run under diffusers' context parallelism")
-    if attn_mask is None and not (is_causal and query.shape[1] != key.shape[1]):
+    plain = attn_mask is None and not dropout_p and query.dtype in DTYPES and key.shape[1] > 0
+    if plain and not (is_causal and query.shape[1] != key.shape[1]):
         return hhattn.attention(query, key, value, scale=scale, causal=is_causal)
-    if attn_mask is not None and attn_mask.ndim == 2:  # diffusers' meaning: of each batch entry's keys
-        attn_mask = attn_mask[:, None, None]
+    if attn_mask is not None and attn_mask.shape == (query.shape[0], key.shape[1]):
+        attn_mask = attn_mask[:, None, None]  # diffusers' meaning: of each batch entry's keys
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2)
