@@ -34,8 +34,8 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address that a branch jumps to."""
-        found = _ADDRESS.search(self.operands) if self.name == "BRA" else None
+        """The address that a branch jumps to, or a call that has no return."""
+        found = _ADDRESS.search(self.operands) if self.name in ("BRA", "CALL") else None
         return int(found[1], 16) if found else None
 
     @property
@@ -91,12 +91,16 @@ def parse(text: str) -> list[Instruction]:
 
 
 def _successors(instructions: list[Instruction]) -> list[list[int]]:
-    """Which instructions may follow each; a call is taken to come back."""
+    """Which instructions may follow each. A call is taken to come back, unless it leads to where a branch does too: the
+    compiler jumps so now and then. Lanes of a warp are taken not to have parted (BRA.DIV)."""
     at = {instruction.address: i for i, instruction in enumerate(instructions)}
+    branches = {instruction.target for instruction in instructions if instruction.name == "BRA"}
     edges: list[list[int]] = []
     for i, instruction in enumerate(instructions):
-        following = [] if instruction.ends or i + 1 == len(instructions) else [i + 1]
-        if instruction.target is not None and instruction.target in at:
+        jumps = instruction.target in branches if instruction.name == "CALL" else ".DIV" not in instruction.opcode
+        ends = instruction.ends or (instruction.name == "CALL" and jumps and not instruction.predicate)
+        following = [] if ends or i + 1 == len(instructions) else [i + 1]
+        if jumps and instruction.target is not None and instruction.target in at:
             following.append(at[instruction.target])
         edges.append(following)
     return edges

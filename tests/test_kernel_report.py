@@ -60,6 +60,7 @@ def test_parse() -> None:
     assert code[2].predicate == "@!P1"
     assert code[2].operands == "R8, [R9]"
     assert [i.target for i in code if i.name == "BRA"] == [0x20, 0xD0, 0x10, 0xD0, 0x70]
+    assert [i.target for i in code if i.name == "CALL"] == [0x100]
     assert code[-1].name == "RET", "the trap behind the end and the padding are no code"
     assert code[7].shape == (128, 64, 16), "the descriptor: m = 8 · 16, n = 8 · 8"
     assert {i.shape for i in code if i.name != "UTCHMMA"} == {None}
@@ -74,6 +75,28 @@ def test_loops() -> None:
     assert found == [outer, inner, waiting]
     assert [sorted(code[i].address for i in loop.body) for loop in sass.hot_loops(code)] == [inner]
     assert [i.address for i, there in zip(code, sass.reached(code), strict=True) if not there] == [0x100, 0x110]
+
+
+# A loop that is left by a call of where a branch leads too; lanes that part wait behind the end.
+CALLED = """
+        /*0000*/              @!P0 BRA 0x60 ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;
+        /*0020*/                   BRA.DIV ~URZ, 0x90 ;
+        /*0030*/               @P1 CALL.REL.NOINC 0x60 ;
+        /*0040*/                   BRA 0x10 ;
+        /*0060*/                   STG.E [R2.64], R4 ;
+        /*0070*/               @P2 BRA 0x0 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   WARPSYNC R3 ;
+        /*00a0*/                   BRA 0x30 ;
+"""
+
+
+def test_a_call_may_be_a_jump() -> None:
+    code = sass.parse(CALLED)
+    found = [sorted(code[i].address for i in loop.body) for loop in sass.loops(code)]
+    assert found == [[0x0, 0x10, 0x20, 0x30, 0x40, 0x60, 0x70], [0x10, 0x20, 0x30, 0x40]]
+    assert [i.address for i, there in zip(code, sass.reached(code), strict=True) if not there] == [0x90, 0xA0]
 
 
 def test_the_loop_around_counts_where_it_is_said_to() -> None:
