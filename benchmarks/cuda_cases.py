@@ -154,6 +154,12 @@ def norm_forward(model: Model) -> CudaCase:
     return CudaCase("norm_modulate", "forward", model, call, defines=BF16)
 
 
+def norm_backward(model: Model) -> CudaCase:
+    x, scale, shift, residual, gate = norm_arguments(model)
+    args = (x.clone(), x.clone(), x, scale, shift, None, None, residual, gate, True, 1e-6)
+    return CudaCase("norm_modulate", "backward", model, operator("norm_modulate_backward", *args), defines=BF16)
+
+
 def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
     """Programs follow both lists of their line, some keys or queries a run; blocks of the mask have as many of both."""
     products = {"forward": 2, "backward_dq": 3, "backward_dkv": 4}
@@ -268,7 +274,7 @@ def halved(table: Tensor) -> Tensor:
     return table[:, ::2].contiguous()
 
 
-CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward, sparse_forward, sparse_backward)
+CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward, norm_backward, sparse_forward, sparse_backward)
 
 
 def cases() -> list[CudaCase]:
