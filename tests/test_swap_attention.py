@@ -205,8 +205,9 @@ def test_layers_of_the_hybrid_compile_whole(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["Wan", "HunyuanVideo"])
-def test_blocks_compile_whole_under_a_pattern(name: str) -> None:
-    """As diffusers compiles a model block by block; another grid and other texts find their own mask."""
+@pytest.mark.parametrize("whole", [False, True])
+def test_models_compile_under_a_pattern(name: str, whole: bool) -> None:
+    """Block by block, as diffusers does it, and in one graph; another grid and other texts find their own mask."""
     family = named(name)
     model = family.model()
     torch.compiler.reset()
@@ -216,9 +217,11 @@ def test_blocks_compile_whole_under_a_pattern(name: str) -> None:
         other["encoder_attention_mask"] = inputs["encoder_attention_mask"].flip(0)
     with hhattn.swap(model, attention=near):
         expected = [model(**x, return_dict=False)[0] for x in (inputs, other)]
-        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager") if whole else model
+        if not whole:
+            model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         for x, out in zip((inputs, other, inputs), (*expected, expected[0]), strict=True):
-            assert relative(model(**x, return_dict=False)[0], out) < 1e-5
+            assert relative(compiled(**x, return_dict=False)[0], out) < 1e-5
 
 
 # ---- linear attention in chunks ----

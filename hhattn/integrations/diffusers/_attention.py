@@ -122,7 +122,7 @@ class MaskedAttention:
         self._made: dict[tuple[Any, ...], BlockMask] = {}
         self._ready = None if callable(mask) else mask
 
-    @torch._disable_dynamo  # a whole model's graph ends here
+    @torch._disable_dynamo  # it reads the device and builds masks
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the grid and the texts of the call that follows, and have its mask ready."""
         self._layout = self._layout_of(model, args, kwargs)
