@@ -168,6 +168,18 @@ def test_projections_are_trained_and_saved_beside_the_model(tmp_path: Path) -> N
         other.load_state_dict({})
 
 
+@torch.no_grad()
+def test_a_model_kept_in_8_bits_has_projections_in_32() -> None:
+    """diffusers' layerwise casting stores weights in float8 and computes in another dtype."""
+    family = named("Wan")
+    model = family.model()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = family.run(model)
+    with hhattn.swap(model, attention=SparseLinear(1.0)) as handle:
+        assert relative(family.run(model), before) <= 2e-5
+        assert {p.dtype for p in handle.parameters()} == {torch.float32}
+
+
 def test_registered_projections_are_the_models() -> None:
     family = named("Wan")
     model = family.model()

@@ -20,7 +20,8 @@ def projection(handle: Swap, path: str, layer: Any, register: bool) -> nn.Linear
     """The layer's new projection [D, D], zeros, where its other weights are; kept by ``handle``."""
     weight = layer.to_q.weight
     dim = layer.to_q.out_features // layer.heads
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32  # quantised
+    whole = weight.is_floating_point() and weight.element_size() > 1
+    dtype = weight.dtype if whole else torch.float32  # quantised, or kept in 8 bits
     device = torch.device("cpu") if weight.is_meta else weight.device  # meta: offloaded
     proj = nn.Linear(dim, dim, device=device, dtype=dtype)
     nn.init.zeros_(proj.weight)
@@ -66,7 +67,7 @@ class SparseLinearAttention:
         self, q: Tensor, k: Tensor, v: Tensor, critical: BlockMask, marginal: BlockMask | None, raster: bool = False
     ) -> Tensor:
         # offloading moves the layer's own weights, not those that swap keeps
-        weight, bias = self.proj.weight.to(q.device), self.proj.bias.to(q.device, q.dtype)
+        weight, bias = (x.to(q.device, q.dtype) for x in (self.proj.weight, self.proj.bias))
         out = hhattn.sparse_linear_attention(
             q,
             k,
