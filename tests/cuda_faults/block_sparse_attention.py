@@ -1,5 +1,5 @@
-"""Faults of block_sparse_attention's kernels on mma.sync: two query heads for each key head, several tiles of keys and of
-queries, ragged ends, full and partial blocks, rows that attend nothing."""
+"""Faults of block_sparse_attention's kernels on mma.sync: two query heads for each key head, several tiles of keys and
+of queries, ragged ends, full and partial blocks, rows that attend nothing."""
 
 from __future__ import annotations
 
