@@ -37,6 +37,13 @@ SPILLS: dict[str, int] = {
     # sums for modulation and parameters at once, or of more than 5120 channels: rare
     **{f"norm_modulate_backward norm_modulate_pieces<{vec},16,(Sums)2>": 400 for vec in (1, 4, 8)},
     **{f"norm_modulate_backward norm_modulate_pieces<{vec},8,(Sums)2>": 100 for vec in (1, 4, 8)},
+    # float32 heads: under one norm a block is large, else two are allowed
+    **{
+        f"qk_norm_rope_backward norm_rope_pieces<4,{vectors},{halves},1>": 100
+        for vectors in (0, 1)
+        for halves in (0, 1)
+    },
+    "qk_norm_rope_backward norm_rope_pieces<4,1,0,0>": 4,
     **{f"norm_modulate_backward norm_modulate_pieces<{vec},8,(Sums)0>": 15 for vec in (4, 8)},  # on sm_120 alone
 }
 #: Sources that multiply matrices, and by what.

@@ -14,6 +14,7 @@ from helpers import randn
 
 import hhattn
 import hhattn.ops.norm_modulate
+import hhattn.ops.qk_norm_rope  # define the operators
 from hhattn import simt
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="the emulator is built with g++")
@@ -51,9 +52,25 @@ def linear_attention() -> None:
     hhattn.block_linear_attention(q, k, v, chunk_lens=256, rope=rope, impl="cuda").float().sum().backward()
 
 
+def _rope(across_heads: bool, gradients: bool) -> None:
+    """Heads of 128, more tokens than a block of single norms takes."""
+    q, k = (randn(1, 40, heads, 128, seed=heads).to(BF16) for heads in (4, 2))
+    cos, sin = randn(1, 40, 1, 128, seed=3).to(BF16), randn(1, 40, 1, 128, seed=4).to(BF16)
+    weights = [randn(h * 128 if across_heads else 128, seed=5).to(BF16) for h in (4, 2)]
+    args = (q, k, cos, sin, *weights, None, None, 1, across_heads, True, 1e-6, 0, None)
+    if gradients:
+        torch.ops.hhattn_cuda.qk_norm_rope_backward(q.clone(), k.clone(), *args, False)
+    else:
+        torch.ops.hhattn_cuda.qk_norm_rope(*args)
+
+
 CASES: dict[str, tuple[int, Callable[[], None]]] = {
     "norm_modulate": (80, norm_modulate),
     "norm_modulate_backward": (80, norm_modulate_backward),
+    "qk_norm_rope": (80, lambda: _rope(False, False)),
+    "qk_norm_rope_across": (80, lambda: _rope(True, False)),
+    "qk_norm_rope_backward": (80, lambda: _rope(False, True)),
+    "qk_norm_rope_backward_across": (80, lambda: _rope(True, True)),
     "block_sparse_attention": (80, lambda: _attention(gradients=False)),
     "block_sparse_attention_sm90": (90, lambda: _attention(gradients=False)),
     "block_sparse_attention_backward": (80, lambda: _attention(gradients=True)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hhattn import _dispatch, _ext
 from hhattn.layout import VideoLayout
-from hhattn.ops import _check, _triton
+from hhattn.ops import _check, _cuda, _triton
 from hhattn.ops._second import differentiable_gradient
 from hhattn.ops.rope_3d import ROTATIONS
 from hhattn.reference.qk_norm_rope import qk_norm_rope as _reference
@@ -169,6 +169,7 @@ _dispatch.register(OP, "reference", transforms=True)(_reference)
 
 
 TENSORS = ("q", "k", "cos", "sin", "q_weight", "k_weight", "q_bias", "k_bias")
+MAX_DIM, MAX_THREADS, MAX_ROWS = 256, 1024, 2**31 - 1  # of the CUDA kernels: channels a head, a block, tokens
 MAX_CHANNELS = 16384  # of the Triton kernels, which hold what shares a norm in registers
 
 
@@ -198,6 +199,21 @@ def _triton_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
     return _not_contiguous(q, *rest)
 
 
+def _cuda_can_run(q: Tensor | None = None, k: Tensor | None = None, *rest: Any) -> str | None:
+    if (reason := _cuda.why_not(q)) or q is None:
+        return reason
+    batch, tokens, heads, dim = q.shape
+    if dim > MAX_DIM:
+        return f"q has D = {dim}; cuda takes up to {MAX_DIM}"
+    across = rest[7] if len(rest) > 7 else False
+    lanes = max(2, 1 << ((dim + 7) // 8 - 1).bit_length() if dim else 1)  # most threads of a head
+    if across and heads * lanes > MAX_THREADS:
+        return f"q has {heads} heads of {dim} channels; cuda holds {MAX_THREADS // lanes} such heads under one norm"
+    if batch * tokens > MAX_ROWS:
+        return f"q has {batch * tokens} tokens; cuda counts up to {MAX_ROWS}"
+    return _not_contiguous(q, k, *rest)
+
+
 def _call(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
     *tensors, norm, across_heads, rotate, eps, text_len, text_first, order = args
     how = (NORMS.index(norm), across_heads, rotate == "interleaved", eps)
@@ -207,6 +223,7 @@ def _call(namespace: str, *args: Any) -> tuple[Tensor, Tensor]:
 
 _dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
 _dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
+_dispatch.register(OP, "cuda", _cuda_can_run)(partial(_call, _cuda.NAMESPACE))
 
 
 def _fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -275,16 +292,15 @@ _ARGS = (
     "Tensor q, Tensor k, Tensor? cos, Tensor? sin, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
     "int norm, bool across_heads, bool interleaved, float eps, int start, Tensor? order"
 )
-_triton.define(OP, OP, f"({_ARGS}) -> (Tensor, Tensor)", _fake)
-_triton.define(
-    OP,
-    f"{OP}_backward",
-    f"(Tensor grad_q, Tensor grad_k, {_ARGS}, bool tables) -> ({', '.join(['Tensor'] * 8)})",
-    _fake_backward,
-)
+_SCHEMA = f"({_ARGS}) -> (Tensor, Tensor)"
+_SCHEMA_BACKWARD = f"(Tensor grad_q, Tensor grad_k, {_ARGS}, bool tables) -> ({', '.join(['Tensor'] * 8)})"
+_triton.define(OP, OP, _SCHEMA, _fake)
+_triton.define(OP, f"{OP}_backward", _SCHEMA_BACKWARD, _fake_backward)
+_cuda.define(OP, _SCHEMA, _fake)
+_cuda.define(f"{OP}_backward", _SCHEMA_BACKWARD, _fake_backward)
 if _ext.why_missing() is None:
     torch.library.register_fake("hhattn::qk_norm_rope", _fake)
     torch.library.register_fake("hhattn::qk_norm_rope_backward", _fake_backward)
-for _namespace in ("hhattn", _triton.NAMESPACE)[_ext.why_missing() is not None :]:
+for _namespace in ("hhattn", _triton.NAMESPACE, _cuda.NAMESPACE)[_ext.why_missing() is not None :]:
     _rule = partial(_backward, _namespace)
     torch.library.register_autograd(f"{_namespace}::qk_norm_rope", _rule, setup_context=_setup)

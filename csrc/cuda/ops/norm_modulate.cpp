@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "sums.h"
 #include "tensor.h"
 
 namespace hh {
@@ -57,44 +58,6 @@ std::tuple<Tensor, Tensor> norm_modulate(const Tensor& x, const OptTensor& scale
   return {y, r};
 }
 
-// Tokens of a piece of the backward: by the shape alone, for sums are in its order. Few enough pieces that the second step costs
-// little, enough that they fill the largest GPU several times.
-int64_t run_of(int64_t rows) { return std::max<int64_t>((rows + 4095) / 4096 + 15, 16) / 16 * 16; }
-
-// The gradient of a modulation or parameter, and what it is summed from.
-struct Gradient {
-  Tensor out;
-  OptTensor whole, parts;
-  PartSums sums;
-
-  Gradient(Call& call, const OptTensor& m, const Tensor& x, int64_t run, const char* name) : out(nothing(x)) {
-    if (!m) return;
-    const bool affine = m->dim() == 1;
-    const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-    out = call.empty(*m);
-    sums.entries = batch;
-    sums.summed = affine || m->size(0) != batch ? batch : 1;
-    sums.rows = affine ? 1 : m->size(1);
-    sums.each = tokens / std::max<int64_t>(sums.rows, 1);
-    sums.channels = channels;
-    sums.run = run;
-    sums.pieces = (tokens + run - 1) / run;
-    sums.always = affine;
-    if (x.numel() == 0) return;
-    sums.out = call.output(out, name);
-    const bool within = !affine && run % sums.each == 0;  // every row within a piece
-    if (sums.summed > 1 && !affine) {
-      whole = call.empty(x, {batch, sums.rows, channels}, ScalarType::Float);
-      sums.whole = static_cast<float*>(call.write(*whole, name));
-    }
-    if (!within) {
-      sums.slots = affine || sums.each % run == 0 ? 1 : 2;
-      parts = call.empty(x, {batch * sums.pieces, sums.slots, channels}, ScalarType::Float);
-      sums.parts = static_cast<float*>(call.write(*parts, name));
-    }
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate_backward(
     const Tensor& dy, const OptTensor& dr, const Tensor& x, const OptTensor& scale, const OptTensor& shift, const OptTensor& weight,
     const OptTensor& bias, const OptTensor& residual, const OptTensor& gate, bool layer, double eps) {
@@ -114,8 +77,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_modulate
   a.dx = call.output(dx, "dx");
   if (residual) a.dresidual = call.output(dresidual, "dresidual");
   a.run = run_of(x.size(0) * x.size(1));
-  Gradient dscale(call, scale, x, a.run, "dscale"), dshift(call, shift, x, a.run, "dshift"), dgate(call, gate, x, a.run, "dgate");
-  Gradient dweight(call, weight, x, a.run, "dweight"), dbias(call, bias, x, a.run, "dbias");
+  Gradient dscale = Gradient::of_modulation(call, scale, x, a.run, "dscale");
+  Gradient dshift = Gradient::of_modulation(call, shift, x, a.run, "dshift");
+  Gradient dgate = Gradient::of_modulation(call, gate, x, a.run, "dgate");
+  // a piece is of one batch entry
+  const int64_t tokens = (x.size(1) + a.run - 1) / a.run * a.run * x.size(0);
+  Gradient dweight = Gradient::of_parameter(call, weight, x, tokens, a.run, "dweight");
+  Gradient dbias = Gradient::of_parameter(call, bias, x, tokens, a.run, "dbias");
   if (x.numel() > 0) {
     a.dscale = dscale.sums;
     a.dshift = dshift.sums;
