@@ -37,7 +37,7 @@ LIBRARY = ("async", "hooks", "instructions", "launch", "memory", "reports", "syn
 FLAGS = ("-std=c++20", "-fPIC", "-fno-gnu-unique", "-march=native", "-ffp-contract=off", f"-I{SOURCES}")
 #: Sanitizers' calls into the emulator, for sources that don't announce their accesses.
 CU_FLAGS = (
-    *("-x", "c++", "-include", "cuda.h", "-O1", "-g", "-fsanitize=thread,alignment"),
+    *("-x", "c++", "-include", "cuda.h", "-O1", "-g1", "-fsanitize=thread,alignment"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
     "-fno-tree-sra",  # scalar replacement would split vector accesses, and their alignment would go unchecked
     *("-Wno-unknown-pragmas", f"-I{CUDA}"),

@@ -469,7 +469,35 @@ WGMMA(wgmma_no_proxy_fence, NO_PROXY_FENCE)
 WGMMA(wgmma_operand_reused, OPERAND_REUSED)
 WGMMA(wgmma_left_in_flight, LEFT_IN_FLIGHT)
 
-// The same with A in registers: they are the warpgroup's until the product is there.
+// A warpgroup says that another warp may write what it multiplies, and only then waits for the product.
+KERNEL wgmma_given_back_early(const float *x, float *y) {
+  DYNAMIC_SHARED(smem);
+  auto *s = reinterpret_cast<unsigned short *>(smem);
+  unsigned t = threadIdx.x;
+  for (unsigned i = t; i < 80 * 16; i += 160) s[i] = simt::to_bf16(x[i % 64]);
+  simt::fence_proxy_async();
+  __syncthreads();
+  if (t >= 128) {
+    simt::barrier(1, 160);
+    s[t - 128] = 0;
+    return;
+  }
+  uint32_t at = simt::shared_address(smem), d[4] = {}, *registers[4] = {d, d + 1, d + 2, d + 3};
+  auto descriptor = [](uint32_t a) { return uint64_t(a >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32; };
+  simt::Wgmma op{.n = 8, .type = simt::Element::bf16, .accumulate = false};
+  simt::wgmma_fence();
+  simt::wgmma(op, registers, nullptr, descriptor(at), descriptor(at + 2048));
+  simt::wgmma_commit();
+  if (Bug) simt::barrier_arrive(1, 160);
+  simt::wgmma_wait(0);
+  if (!Bug) simt::barrier_arrive(1, 160);
+  y[t] = simt::bits_to_float(d[0]);
+}
+ENTRY run_wgmma_given_back_early(int bug, const float *x, float *y) {
+  RUN(wgmma_given_back_early, dim3(1), dim3(160), 2560, x, y);
+}
+
+// A in registers: they are the warpgroup's until the product is there.
 KERNEL wgmma_source_overwritten(const float *x, float *y) {
   DYNAMIC_SHARED(smem);
   auto *s = reinterpret_cast<unsigned short *>(smem);
