@@ -46,6 +46,12 @@ SPILLS: dict[str, int] = {
     "qk_norm_rope_backward norm_rope_pieces<4,1,0,0>": 4,
     **{f"norm_modulate_backward norm_modulate_pieces<{vec},8,(Sums)0>": 15 for vec in (4, 8)},  # on sm_120 alone
 }
+# the code for every map and unaligned rows
+SPILLS |= {
+    f"block_linear_attention_backward linear_gradients<{type_},{dim},(Kind)0>": 30
+    for type_ in ("bf16", "f16")
+    for dim in (112, 128)
+}
 #: Sources that multiply matrices, and by what.
 PRODUCTS = {"block_sparse_attention": "HMMA", "block_sparse_attention_sm90": "HGMMA", "block_linear_attention": "HMMA"}
 
