@@ -224,9 +224,17 @@ def test_lora(family: Family) -> None:
 
 
 @by_family
-def test_gradient_checkpointing(family: Family) -> None:
+@pytest.mark.parametrize("attention", ["exact", "pattern"])
+def test_gradient_checkpointing(family: Family, attention: str) -> None:
+    if family.linear and attention == "pattern":
+        pytest.skip("linear: no scores to mask")
+    settings = {"block_size": (16, 16)}
+
+    def near(layout: hhattn.VideoLayout) -> hhattn.BlockMask:
+        return masks.frame_window(layout, 0, **settings) | masks.text(layout, **settings)
+
     model = family.model()
-    with hhattn.swap(model):
+    with hhattn.swap(model, attention=near if attention == "pattern" else "exact"):
         plain = torch.autograd.grad(family.run(model).square().sum(), family.attentions(model)[0].to_v.weight)[0]
         model.enable_gradient_checkpointing()
         again = torch.autograd.grad(family.run(model).square().sum(), family.attentions(model)[0].to_v.weight)[0]

@@ -11,6 +11,7 @@ from importlib import import_module
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Swap:
 
     layers: list[Layer] = field(default_factory=list)
     added: dict[str, nn.Module] = field(default_factory=dict, repr=False)
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _undo: list[Callable[[], bool]] = field(default_factory=list, repr=False)
+    _last: list[Callable[[], object]] = field(default_factory=list, repr=False)
+    _processors: list[object] = field(default_factory=list, repr=False)
 
     def left(self, path: str, part: str, why: str) -> None:
         """Record a place that stays as it is."""
@@ -83,13 +86,15 @@ class Swap:
         # Mochi's attention has no method for it
         put = getattr(module, "set_processor", partial(setattr, module, "processor"))
 
-        def restore() -> None:
-            if module.processor is processor:
-                put(before)
-            else:
+        def restore() -> bool:
+            if module.processor is not processor:
                 log.warning("hhattn.swap: %s was given another processor since; left as it is", path)
+                return False
+            put(before)
+            return True
 
         put(processor)
+        self._processors.append(processor)
         self._undo.append(restore)
 
     def set_forward(self, path: str, module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -98,21 +103,47 @@ class Swap:
         place = WRAPPED if WRAPPED in module.__dict__ else "forward"
         ours, before = MethodType(forward, module), module.__dict__.get(place)
 
-        def restore() -> None:
+        def restore() -> bool:
             now = next((name for name in (WRAPPED, "forward") if module.__dict__.get(name) is ours), None)
             if now is None:
                 log.warning("hhattn.swap: %s was given another forward since; left as it is", path)
-            elif now == "forward" and before is None:
+                return False
+            if now == "forward" and before is None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__[now] = before or MethodType(type(module).forward, module)
+            return True
 
         module.__dict__[place] = ours
         self._undo.append(restore)
 
-    def add_hook(self, module: nn.Module, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
-        """Call ``hook(module, args, kwargs)`` before the module's forward, until :meth:`undo`."""
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def add_hook(
+        self,
+        module: nn.Module,
+        before: Callable[[Any, tuple[Any, ...], dict[str, Any]], None],
+        after: Callable[..., None] | None = None,
+    ) -> None:
+        """As long as a layer is swapped, call ``before(module, args, kwargs)`` before the module's forward, and
+        ``after(module, args, output)`` behind it, whether or not it fails."""
+        self.on_undo(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        if after is not None:
+            self.on_undo(module.register_forward_hook(after, always_call=True).remove)
+
+    def on_undo(self, last: Callable[[], None]) -> None:
+        """Call ``last`` when :meth:`undo` has put all layers back."""
+        self._last.append(last)
+
+    def forbid_copies(self, model: nn.Module) -> None:
+        """Have pickle and deepcopy of the model refused until :meth:`undo`: nothing could undo the copy's swap."""
+
+        def refuse() -> None:
+            raise TypeError(
+                f"a swapped {type(model).__name__} can't be pickled or copied: undo() the swap first, or use "
+                "state_dict() or save_pretrained(), which are the model's own"
+            )
+
+        model.__dict__["__getstate__"] = refuse
+        self.on_undo(lambda: model.__dict__.pop("__getstate__", None))
 
     def add_module(self, path: str, owner: nn.Module, name: str, module: nn.Module, register: bool) -> None:
         """Keep a new layer of the module at ``path``; ``register``: as a part of that module too, until undone."""
@@ -123,9 +154,10 @@ class Swap:
             raise ValueError(f"register=True: {path} has a {name} already")
         owner.register_module(name, module)
 
-        def restore() -> None:
+        def restore() -> bool:
             if getattr(owner, name, None) is module:
                 delattr(owner, name)
+            return True
 
         self._undo.append(restore)
 
@@ -147,10 +179,12 @@ class Swap:
             module.load_state_dict({name: state[f"{path}.{name}"] for name in module.state_dict()})
 
     def undo(self) -> None:
-        """Put every layer back as it was: the very objects, so results are the same bits. A second call does nothing. A
-        layer that someone else changed in the meantime is left to them, with a warning."""
-        while self._undo:
-            self._undo.pop()()
+        """Put every layer back as it was: the very objects, so results are the same bits. A layer that someone else
+        changed in the meantime is left to them, with a warning, and put back by another call of this once they have
+        undone theirs. When nothing is left to do, a call does nothing."""
+        self._undo = [restore for restore in reversed(self._undo) if not restore()][::-1]
+        while self._last and not self._undo:
+            self._last.pop()()
 
     def report(self) -> str:
         """A few lines: how many places of each kind were swapped, by what, and how many were left, and why."""
@@ -159,6 +193,8 @@ class Swap:
             f"{'swapped' if swapped else 'left':<8} {count:>3} x {part}: {note}"
             for (swapped, part, note), count in sorted(counts.items(), key=lambda item: not item[0][0])
         ]
+        ignored = Counter(str(backend) for p in self._processors if (backend := getattr(p, "_attention_backend", None)))
+        lines += [f"ignored  {n:>3} x attention backend {name}: hhattn attends here" for name, n in ignored.items()]
         return "\n".join(lines)
 
     def __enter__(self) -> Swap:
@@ -175,12 +211,25 @@ def _family(model: object) -> str | None:
     return next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model inside torch.compile's, PEFT's or a distributed wrapper."""
+    while _family(model) is None and isinstance(model, nn.Module):
+        base = getattr(model, "get_base_model", None)
+        inner = base() if callable(base) else getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
 def _models(model_or_pipeline: object) -> dict[str, nn.Module]:
     """The models to work on, by name: the argument itself, or the known components of a pipeline."""
-    if _family(model_or_pipeline):
-        return {"": model_or_pipeline}  # type: ignore[dict-item]
+    model = _unwrapped(model_or_pipeline)
+    if _family(model):
+        return {"": model}
     components = getattr(model_or_pipeline, "components", None)
-    found = {name: m for name, m in components.items() if _family(m)} if isinstance(components, dict) else {}
+    found = {name: _unwrapped(m) for name, m in components.items()} if isinstance(components, dict) else {}
+    found = {name: model for name, model in found.items() if _family(model)}
     if not found:
         raise ValueError(
             f"model_or_pipeline is a {type(model_or_pipeline).__name__}, which swap doesn't know; accepted: "
@@ -230,7 +279,10 @@ def swap(
     handle = Swap()
     try:
         for name, model in _models(model_or_pipeline).items():
+            if any(p.dtype == torch.float64 for p in model.parameters()):
+                raise ValueError(f"{name or 'the model'} is float64; accepted are float32, bfloat16 and float16")
             family = import_module(str(_family(model)))
+            handle.forbid_copies(model)
             family.swap_layers(handle, f"{name}." if name else "", model, attention, norms, rope)
         attention_layers = [layer for layer in handle.layers if layer.part == "self-attention"]
         if attention != "exact" and not any(layer.swapped for layer in attention_layers):

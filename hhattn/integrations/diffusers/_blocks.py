@@ -17,6 +17,25 @@ LAYER_NORMS = ("LayerNorm", "FP32LayerNorm", "Identity")
 RMS_NORMS = ("RMSNorm",)
 
 
+class Processor:
+    """What diffusers sets on every processor of a model: an attention backend, which is :func:`hhattn.swap`'s here (its
+    report says so), and the settings of context parallelism, which are refused."""
+
+    _attention_backend: Any = None
+
+    @property
+    def _parallel_config(self) -> None:
+        return None
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: object) -> None:
+        if config is not None:
+            raise ValueError(
+                "a swapped model can't run under diffusers' context parallelism, whose ranks would each attend their "
+                "own tokens alone: undo() the swap first"
+            )
+
+
 def why_not_swapped(processor: Any, kind: type) -> str | None:
     """None where ``processor`` is exactly a ``kind`` and attends alone, so that another may stand in for it."""
     if type(processor) is not kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,12 @@ from hhattn.integrations.attention import BlockLinear, SparseLinear
 from hhattn.integrations.diffusers._attention import (
     Attend,
     DenseAttention,
-    LayoutOf,
     MaskedAttention,
     NoPadding,
     PlannedAttention,
     PlannedPattern,
-    TextsOf,
 )
+from hhattn.integrations.diffusers._calls import Calls, LayoutOf, TextsOf
 from hhattn.integrations.diffusers._sparse_linear import SparseLinearAttention, projection
 from hhattn.integrations.swap import Swap
 from hhattn.masks import BlockMask, Selector, SparsityPlan
@@ -55,7 +55,6 @@ def one_each(given: object, layers: int) -> list[Any]:
 
 def attention_of(
     handle: Swap,
-    prefix: str,
     model: nn.Module,
     family: str,
     given: object,
@@ -67,14 +66,13 @@ def attention_of(
     ``texts_of`` finds the masks of texts that may have padding."""
     shared: dict[tuple[int, bool], MaskedAttention] = {}
     refusing: dict[str, NoPadding] = {}
-    dense = DenseAttention()
+    dense, calls = DenseAttention(), Calls(handle, model, layout_of, texts_of)
 
     def masked(pattern: Any, steps: bool = False) -> MaskedAttention:
         """One for all layers under the same pattern, which so is made once."""
         key = (id(pattern), steps)
         if key not in shared:
-            shared[key] = MaskedAttention(pattern, layout_of, texts_of, steps)
-            handle.add_hook(model, shared[key].see)
+            shared[key] = MaskedAttention(pattern, calls, steps)
         return shared[key]
 
     def no_padding(what: str) -> NoPadding:
@@ -85,6 +83,8 @@ def attention_of(
         return refusing[what]
 
     def sparse_linear(given: SparseLinear) -> Chosen:
+        check_arity("critical", given.critical, "layout")
+        check_arity("marginal", given.marginal, "layout")
         critical = None if isinstance(given.critical, (int, float, Selector)) else masked(given.critical)
         marginal = None if given.marginal is None else masked(given.marginal)
 
@@ -98,19 +98,38 @@ def attention_of(
         if isinstance(given, Selector):
             given = SparsityPlan(given)
         if isinstance(given, SparsityPlan):
-            by, plan = "hhattn.block_sparse_attention, as the plan says", given.at(i, prefix)
+            by, plan = "hhattn.block_sparse_attention, as the plan says", given.at(i, calls)
             if isinstance(given.select, Selector):
-                return Chosen(by, lambda *_: PlannedAttention(plan, no_padding("SparsityPlan")))
-            return Chosen(by, lambda *_: PlannedPattern(plan, masked(given.select, steps=True), dense))
+                return Chosen(by, lambda *_: PlannedAttention(plan, no_padding("SparsityPlan"), calls))
+            check_arity("select", given.select, "layout", "step")
+            return Chosen(by, lambda *_: PlannedPattern(plan, masked(given.select, steps=True), dense, calls))
         if isinstance(given, SparseLinear):
             return sparse_linear(given)
         if isinstance(given, BlockMask) or callable(given):
+            check_arity("attention", given, "layout")
             return Chosen("hhattn.block_sparse_attention", lambda *_: masked(given))
         if isinstance(given, str) and given == "exact":
             return everything(dense)
         raise refusal(given, family, ACCEPTED)
 
     return [choose(x, i) for i, x in enumerate(one_each(given, layers))]
+
+
+def check_arity(name: str, given: object, *takes: str) -> None:
+    """TypeError for a function that can't be called with these arguments alone, before a model's first call says so."""
+    if not callable(given) or isinstance(given, (BlockMask, Selector)):
+        return
+    try:
+        inspect.signature(given).bind(*takes)
+    except ValueError:  # a function in C, which has none
+        return
+    except TypeError as error:
+        called = getattr(given, "__name__", type(given).__name__)
+        arguments = ", ".join(takes)
+        raise TypeError(
+            f"{name}={called} can't be called with ({arguments}): {error}; accepted is a function of "
+            f"these alone, as in `lambda {arguments}: {called}(layout, ...)`"
+        ) from None
 
 
 def refusal(given: object, family: str, accepted: str) -> Exception:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend
-from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._blocks import Processor, argument, layer_norm, swap_attention, swap_forward
 from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
 from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
 
-class JointAttentionProcessor:
+class JointAttentionProcessor(Processor):
     """Does what diffusers' ``CogVideoXAttnProcessor2_0`` does. A mask is refused, not ignored."""
 
     def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
@@ -102,7 +102,7 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the joint attention of every block of a CogVideoXTransformer3DModel, as :func:`hhattn.swap` says."""
-    attends = attention_of(handle, prefix, model, "CogVideoX", attention, len(model.transformer_blocks), layout_of)
+    attends = attention_of(handle, model, "CogVideoX", attention, len(model.transformer_blocks), layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
         make = partial(JointAttentionProcessor, fuse_rope=rope)

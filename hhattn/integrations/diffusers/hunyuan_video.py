@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, Padding
-from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_attention, swap_forward
+from hhattn.integrations.diffusers._blocks import Processor, argument, layer_norm, swap_attention, swap_forward
 from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
@@ -23,7 +23,7 @@ from hhattn.layout import VideoLayout
 TWO_STREAMS = ("norm1.norm", "norm1_context.norm", "norm2", "norm2_context")
 
 
-class JointAttentionProcessor:
+class JointAttentionProcessor(Processor):
     """Does what diffusers' processors of HunyuanVideo and 1.5 do, without a mask of every pair of tokens. What comes
     out at padding is not always the same, and nobody attends it."""
 
@@ -174,7 +174,7 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     later = _is_later(model)
     name = "HunyuanVideo15" if later else "HunyuanVideo"
     processor = HunyuanVideo15AttnProcessor2_0 if later else HunyuanVideoAttnProcessor2_0
-    attends = attention_of(handle, prefix, model, "HunyuanVideo", attention, len(blocks), layout_of, texts_of)
+    attends = attention_of(handle, model, "HunyuanVideo", attention, len(blocks), layout_of, texts_of)
     for i, (path, block) in enumerate(blocks):
         make = partial(JointAttentionProcessor, padding=padding, fuse_rope=rope)
         swap_attention(handle, f"{path}.attn", block.attn, processor, make, attends[i], norms, rope)

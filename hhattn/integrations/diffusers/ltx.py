@@ -12,6 +12,7 @@ import hhattn
 from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
+    Processor,
     argument,
     refuse_cross_attention,
     rms_norm,
@@ -24,7 +25,7 @@ from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
 
-class SelfAttentionProcessor:
+class SelfAttentionProcessor(Processor):
     """Does what diffusers' ``LTXVideoAttnProcessor`` does for self-attention."""
 
     def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
@@ -86,7 +87,7 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of an LTXVideoTransformer3DModel, as :func:`hhattn.swap` says."""
-    attends = attention_of(handle, prefix, model, "LTX-Video", attention, len(model.transformer_blocks), layout_of)
+    attends = attention_of(handle, model, "LTX-Video", attention, len(model.transformer_blocks), layout_of)
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"
         make = partial(SelfAttentionProcessor, fuse_rope=rope)

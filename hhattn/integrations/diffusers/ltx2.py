@@ -19,6 +19,7 @@ import hhattn
 from hhattn.integrations.diffusers._attention import Attend, DenseAttention
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
+    Processor,
     argument,
     refuse_cross_attention,
     rms_norm,
@@ -34,7 +35,7 @@ STREAM_NORMS = ("norm1", "norm2", "norm3")
 NORMS = (*STREAM_NORMS, *(f"audio_{n}" for n in STREAM_NORMS), "audio_to_video_norm", "video_to_audio_norm")
 
 
-class SelfAttentionProcessor:
+class SelfAttentionProcessor(Processor):
     """Does what diffusers' ``LTX2AudioVideoAttnProcessor`` and ``LTX2PerturbedAttnProcessor`` do for self-attention."""
 
     def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
@@ -220,7 +221,7 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of an LTX2VideoTransformer3DModel, as :func:`hhattn.swap` says: that of
     the video runs ``attention``, that of the audio, which is short, everything."""
-    attends = attention_of(handle, prefix, model, "LTX-2", attention, len(model.transformer_blocks), layout_of)
+    attends = attention_of(handle, model, "LTX-2", attention, len(model.transformer_blocks), layout_of)
     audio = everything(DenseAttention())
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend, Padding
-from hhattn.integrations.diffusers._blocks import argument, swap_attention, swap_forward
+from hhattn.integrations.diffusers._blocks import Processor, argument, swap_attention, swap_forward
 from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_added, norm_rope
 from hhattn.integrations.swap import Swap
@@ -21,9 +21,9 @@ NORMS = ("norm1", "norm2", "norm3", "norm4")
 KINDS = ("MochiRMSNormZero", "MochiModulatedRMSNorm")
 
 
-class JointAttentionProcessor:
-    """Does what diffusers' ``MochiAttnProcessor2_0`` does. The tokens of a text that the mask leaves out must come
-    after the others; diffusers' processor would move the others forward."""
+class JointAttentionProcessor(Processor):
+    """Does what diffusers' ``MochiAttnProcessor2_0`` does: what comes out at a text's tokens is moved forward, over
+    those that its mask leaves out, and 0 after them."""
 
     def __init__(self, attend: Attend, fuse_norms: bool, padding: Padding, fuse_rope: bool = True) -> None:
         self.attend, self.padding, self.fuse_norms, self.fuse_rope = attend, padding, fuse_norms, fuse_rope
@@ -49,9 +49,11 @@ class JointAttentionProcessor:
         text_q, text_k = norm_added(attn, text_q, text_k, self.fuse_norms)
         v, text_v = heads(attn, attn.to_v(hidden_states)), heads(attn, attn.add_v_proj(encoder_hidden_states))
         q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        valid = self.padding.valid(attention_mask, q.shape[1], at_the_end=True)
-        out = self.attend(q, k, v, valid) * valid[..., None, None]  # padding comes out as 0
-        video, text = out.flatten(2).split_with_sizes((hidden_states.shape[1], text_q.shape[1]), dim=1)
+        valid = self.padding.valid(attention_mask, q.shape[1])
+        out = self.attend(q, k, v, valid).flatten(2)
+        video, text = out.split_with_sizes((hidden_states.shape[1], text_q.shape[1]), dim=1)
+        valid = valid[:, hidden_states.shape[1] :, None]
+        text = torch.take_along_dim(text * valid, (~valid).byte().argsort(dim=1, stable=True), dim=1)
         video = attn.to_out[1](attn.to_out[0](video))
         return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
 
@@ -121,14 +123,17 @@ def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vide
 
 
 def texts_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The mask [B, S_text] of a call's text."""
-    return [argument("encoder_attention_mask", 3, args, kwargs)]
+    """The mask [B, S_text] of a call's text. ValueError where its padding is not at the end, as patterns know it."""
+    mask = argument("encoder_attention_mask", 3, args, kwargs)
+    if bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any()):
+        raise ValueError("encoder_attention_mask has padding before other tokens; accepted is padding at the end")
+    return [mask]
 
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the joint attention of every block of a MochiTransformer3DModel, as :func:`hhattn.swap` says."""
     layers = len(model.transformer_blocks)
-    attends = attention_of(handle, prefix, model, "Mochi", attention, layers, layout_of, texts_of)
+    attends = attention_of(handle, model, "Mochi", attention, layers, layout_of, texts_of)
     padding = Padding()
     for i, block in enumerate(model.transformer_blocks):
         path = f"{prefix}transformer_blocks.{i}"

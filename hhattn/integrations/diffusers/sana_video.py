@@ -9,39 +9,29 @@ from torch import Tensor
 
 import hhattn
 from hhattn.integrations.attention import BlockLinear
-from hhattn.integrations.diffusers._blocks import argument, layer_norm, swap_forward
+from hhattn.integrations.diffusers._blocks import Processor, argument, layer_norm, swap_forward
+from hhattn.integrations.diffusers._calls import Calls
 from hhattn.integrations.diffusers._choose import one_each, refusal
 from hhattn.integrations.diffusers._qk import heads, norm_rope, record_norms
 from hhattn.integrations.swap import Swap
+from hhattn.layout import VideoLayout
 
 ACCEPTED = "'exact', a hhattn.integrations.BlockLinear, or a list with one of these for each layer"
 
 
-class FrameTokens:
-    """Tokens of a latent frame in the current call: a hook before the model's forward."""
-
-    def __init__(self) -> None:
-        self.count: int | None = None
-
-    def see(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the grid of the call that follows."""
-        latents, (_, *patch) = argument("hidden_states", 0, args, kwargs), model.config.patch_size
-        self.count = (latents.shape[3] // patch[0]) * (latents.shape[4] // patch[1])
-
-    def chunk(self, frames: int) -> int:
-        """Tokens of a chunk of so many frames."""
-        if self.count is None:
-            raise RuntimeError("the model's blocks were called without the model, so the grid isn't known")
-        return frames * self.count
+def layout_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VideoLayout:
+    """The grid of a call: hidden_states [B, C, F, H, W] in patches."""
+    latents = argument("hidden_states", 0, args, kwargs)
+    return VideoLayout(*(n // p for n, p in zip(latents.shape[2:], model.config.patch_size, strict=True)))
 
 
-class LinearAttentionProcessor:
+class LinearAttentionProcessor(Processor):
     """Does what diffusers' ``SanaLinearAttnProcessor3_0`` does, and also takes ``rotary_emb=None``. The denominator is
     summed in float32, where that one uses the model's dtype. A mask or a second sequence is refused, not ignored. With
     ``frames``, tokens attend their own chunk of so many frames and those before."""
 
-    def __init__(self, fuse_norms: bool, frames: int | None, tokens: FrameTokens) -> None:
-        self.fuse_norms, self.frames, self.tokens = fuse_norms, frames, tokens
+    def __init__(self, fuse_norms: bool, frames: int | None, calls: Calls) -> None:
+        self.fuse_norms, self.frames, self.calls = fuse_norms, frames, calls
 
     def __call__(
         self,
@@ -57,7 +47,10 @@ class LinearAttentionProcessor:
             raise ValueError(f"{name} must be None: this is SANA-Video's self-attention, which has no mask")
         q, k = norm_rope(attn, attn.to_q(hidden_states), attn.to_k(hidden_states), None, self.fuse_norms)
         rope = None if rotary_emb is None else (rotary_emb[0][0, :, 0], rotary_emb[1][0, :, 0])
-        chunk = None if self.frames is None else self.tokens.chunk(self.frames)
+        chunk = None
+        if self.frames is not None:
+            grid = self.calls.now().layout
+            chunk = self.frames * grid.height * grid.width
         out = hhattn.block_linear_attention(q, k, heads(attn, attn.to_v(hidden_states)), chunk_lens=chunk, rope=rope)
         out = attn.to_out[0](cast(Tensor, out).flatten(2))
         return attn.to_out[1](out)
@@ -103,16 +96,16 @@ def chunks_of(attention: object, layers: int) -> list[int | None]:
 
 def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms: bool, rope: bool) -> None:
     """Swap the self-attention of every block of a SanaVideoTransformer3DModel, as :func:`hhattn.swap` says."""
-    chunks, tokens = chunks_of(attention, len(model.transformer_blocks)), FrameTokens()
+    chunks, calls = chunks_of(attention, len(model.transformer_blocks)), Calls(handle, model, layout_of)
     if not rope:
         raise ValueError("rope=False; accepted for SANA-Video: True, since its linear attention rotates inside the op")
     if any(chunks):
-        handle.add_hook(model, tokens.see)
+        calls.watch()
     for i, block in enumerate(model.transformer_blocks):
         path, attn, frames = f"{prefix}transformer_blocks.{i}", block.attn1, chunks[i]
         if type(attn.processor) is SanaLinearAttnProcessor3_0:
             fuse = record_norms(handle, f"{path}.attn1", attn, norms)
-            handle.set_processor(f"{path}.attn1", attn, LinearAttentionProcessor(fuse, frames, tokens))
+            handle.set_processor(f"{path}.attn1", attn, LinearAttentionProcessor(fuse, frames, calls))
             by = "hhattn.block_linear_attention" + (f", chunks of {frames} frames" if frames else "")
             handle.swapped(f"{path}.attn1", "self-attention", by)
             handle.swapped(f"{path}.attn1", "rope", "hhattn.block_linear_attention")

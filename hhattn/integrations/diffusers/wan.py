@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import hhattn
 from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
+    Processor,
     argument,
     layer_norm,
     refuse_cross_attention,
@@ -24,7 +25,7 @@ from hhattn.integrations.swap import Swap
 from hhattn.layout import VideoLayout
 
 
-class SelfAttentionProcessor:
+class SelfAttentionProcessor(Processor):
     """Does what diffusers' ``WanAttnProcessor`` does for self-attention."""
 
     def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
@@ -83,7 +84,7 @@ def swap_layers(handle: Swap, prefix: str, model: Any, attention: object, norms:
     """Swap the self-attention of every block of a Wan transformer, as :func:`hhattn.swap` says."""
     blocks = [(f"{prefix}blocks.{i}", block) for i, block in enumerate(model.blocks)]
     blocks += [(f"{prefix}vace_blocks.{i}", block) for i, block in enumerate(getattr(model, "vace_blocks", ()))]
-    attends = attention_of(handle, prefix, model, "Wan", attention, len(blocks), layout_of)
+    attends = attention_of(handle, model, "Wan", attention, len(blocks), layout_of)
     for i, (path, block) in enumerate(blocks):
         make = partial(SelfAttentionProcessor, fuse_rope=rope)
         swap_attention(handle, f"{path}.attn1", block.attn1, WanAttnProcessor, make, attends[i], norms, rope)

@@ -135,11 +135,16 @@ class SparsityPlan:
         self.select, self.every, self.dense_steps, self.density = select, every, dense_steps, density
         self.dense_layers = range(dense_layers) if isinstance(dense_layers, int) else frozenset(dense_layers)
         self.calls_per_step, self.steps = calls_per_step, steps
-        self._states: dict[Hashable, _State] = {}
+        self._states: dict[tuple[Hashable, int], _State] = {}
 
     def reset(self) -> None:
         """Forget every mask and count: a new video begins."""
         self._states.clear()
+
+    def forget(self, name: Hashable) -> None:
+        """:meth:`reset` of the layers of one ``name``."""
+        for key in [key for key in self._states if key[0] == name]:
+            del self._states[key]
 
     def at(self, layer: int, name: Hashable = "") -> LayerPlan:
         """What stands for a mask in layer number ``layer``. Layers of several models share a plan by different
@@ -195,7 +200,7 @@ class SparsityPlan:
             return 1.0
         return None if self.density is None else self.density(layer, step)
 
-    def _count(self, key: Hashable, q: Tensor, k: Tensor) -> tuple[_State, int, int]:
+    def _count(self, key: tuple[Hashable, int], q: Tensor, k: Tensor) -> tuple[_State, int, int]:
         """The layer's state, the step and the place in it of this call."""
         shapes = (tuple(q.shape), tuple(k.shape), q.device)
         state = self._states.get(key)
