@@ -33,7 +33,7 @@ struct Turn {
 };
 
 // The rows of queries that a block of threads has.
-struct Place {
+struct Task {
   int batch, head, block, start, first;  // start: in the mask's block; first: in the sequence
 };
 
@@ -46,7 +46,7 @@ HH_DEVICE void bring(uint32_t to, const TensorMap* map, uint32_t bar, int rows, 
 }
 
 template <class S>
-HH_DEVICE void produce(const Problem& p, const Places<S>& at, const Place& r) {
+HH_DEVICE void produce(const Problem& p, const Places<S>& at, const Task& r) {
   const BlockSparseArgs& a = p.args;
   const int kv_head = r.head / (a.heads / a.kv_heads);
   auto walk = Walk<S::KEYS>::keys(a.mask, r.batch, r.head, r.block, a.k_len);
@@ -69,7 +69,7 @@ HH_DEVICE void produce(const Problem& p, const Places<S>& at, const Place& r) {
 // ---- consumers, a warpgroup each
 // o, the sums of all steps, and the softmax of the warpgroup's rows.
 template <class T, class S>
-HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place& r, int group, float (&o)[S::HEAD / 2],
+HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Task& r, int group, float (&o)[S::HEAD / 2],
                       Softmax& softmax) {
   const int lane = threadIdx.x % 32, row = r.start + group * 64 + threadIdx.x % GROUP / 32 * 16 + lane / 4;
   const float c = a.scale * LOG2_E;
@@ -140,7 +140,7 @@ HH_DEVICE void attend(const BlockSparseArgs& a, const Places<S>& at, const Place
 
 // out = o / total and lse, through the warpgroup's part of q's shared memory, which no product reads any more.
 template <class T, class S>
-HH_DEVICE void store(const BlockSparseArgs& a, const Places<S>& at, const Place& r, int group, const float (&o)[S::HEAD / 2],
+HH_DEVICE void store(const BlockSparseArgs& a, const Places<S>& at, const Task& r, int group, const float (&o)[S::HEAD / 2],
                      const Softmax& softmax) {
   const int lane = threadIdx.x % 32, warp_row = group * 64 + threadIdx.x % GROUP / 32 * 16, there = a.q_len - r.first;
   float shift[2], by[2];
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__((1 + GROUPS) * GROUP, (Shape<HEAD, KEYS, GROUP
   const BlockSparseArgs& a = p.args;
   const Places<S> at{ptx::smem_address(shared)};
   const int parts = a.mask.bq / S::ROWS, index = blockIdx.x;
-  Place r;
+  Task r;
   r.batch = index / (a.mask.lines * parts), r.head = blockIdx.y;
   r.block = index / parts % a.mask.lines, r.start = index % parts * S::ROWS;
   r.first = r.block * a.mask.bq + r.start;
