@@ -230,7 +230,9 @@ def _linear(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
 
     def times(launch: CudaLaunch) -> Sequence[float]:
         if launch.name == "linear_fold":
-            return [model.seq / chunks / 2048]  # a loop over about so many pieces, unrolled or not
+            sizes = dict(launch.recorded.tensors)
+            rest = sizes["kv of pieces"] // sizes["kv"] - 1  # the first piece is what the sum begins with
+            return [rest // 4, rest % 4]  # unrolled by four, and the rest
         return [model.seq / chunks / pieces(launch) / (32 if launch.name == "linear_sums" else 64)]
 
     def flops(launch: CudaLaunch) -> float:
