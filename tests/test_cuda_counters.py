@@ -83,7 +83,7 @@ KNOWN = {
     "halves[0] = ": 2.0,  # float32 sums of norms over tokens, once in a piece of them
     "a.delta[at] = ": 2.0,  # a number a row and head, beside rows of dout and out; neighbours in a warp are heads
     "a.log2[at] = ": 2.0,
-    "const uint2 both = ": 2.0,  # half a row of a partial block; the other half is in the cache
+    "ptx::cp_async<8>(to + 8 * i": 2.0,  # half a row of a partial block; the other half is in the cache
 }
 
 

@@ -127,7 +127,7 @@ HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t sha
                      int rows, int lane, float c) {
   const int64_t first = int64_t(line) * a.mask.bq + start;
   float factor[S::ATOMS][2];
-  uint32_t again[S::ATOMS][2];
+  uint32_t again = 0;
 #pragma unroll
   for (int i = 0; i < S::ATOMS; ++i)
 #pragma unroll
@@ -138,18 +138,22 @@ HH_DEVICE void store(const Sums<S>& sums, const BlockSparseArgs& a, uint32_t sha
       if (lane % 4 == 0 && row < rows)
         a.lse[(batch * a.heads + head) * a.q_len + first + row] =
             total == 0 ? -INFINITY : (sums.top[i][r] * c + ptx::log2(total)) * LN_2;
-      again[i][r] = not_finite(sums.out[i], r, total < INFINITY && row < rows);
+      again |= not_finite(sums.out[i], r, total < INFINITY && row < rows) << (i * 16 + r * 8);
     }
   uint16_t* out = static_cast<uint16_t*>(a.out) + ((batch * a.q_len + first) * a.heads + head) * a.v_dim;
   store_rows<typename S::T>(sums.out, factor, shared, out, int64_t(a.heads) * a.v_dim, rows, a.v_dim, lane);
+  if (!again) return;
 #pragma unroll
-  for (int i = 0; i < 2 * S::ATOMS; ++i) {
-    const float shift = sums.top[i / 2][i % 2] * c;
-    for_rows(again[i / 2][i % 2], [&](int row, int from) {
-      exact_row<typename S::T, S::HEAD>(a, batch, head, line, start + i * 8 + row, __shfl_sync(0xffffffffu, shift, from),
-                                        __shfl_sync(0xffffffffu, factor[i / 2][i % 2], from));
-    });
-  }
+  for (int i = 0; i < 2 * S::ATOMS; ++i)
+    if (lane % 4 == 0)
+      ptx::store_shared2(shared + (i * 8 + lane / 4) * 8,
+                         uint2{__float_as_uint(sums.top[i / 2][i % 2] * c), __float_as_uint(factor[i / 2][i % 2])});
+  __syncwarp();
+  for_rows(again, [&](int row) {
+    const float shift = __uint_as_float(ptx::load_shared(shared + row * 8));
+    const float inverse = __uint_as_float(ptx::load_shared(shared + row * 8 + 4));
+    exact_row<typename S::T, S::HEAD>(a, batch, head, line, start + row, shift, inverse);
+  });
 }
 
 struct Problem {

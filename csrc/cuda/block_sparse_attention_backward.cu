@@ -151,19 +151,16 @@ __global__ void __launch_bounds__(THREADS, 2) backward_dq(const __grid_constant_
   for (int i = 0; i < S::ATOMS * S::HEAD / 2; ++i)
     dq[i / (S::HEAD / 2)][i / 4 % (S::HEAD / 8)][i % 4] += __uint_as_float(ptx::load_shared(mine + 128 * i));
   float factor[S::ATOMS][2];
-  uint32_t again[S::ATOMS][2];
+  uint32_t again = 0;
 #pragma unroll
   for (int i = 0; i < 2 * S::ATOMS; ++i) {
     factor[i / 2][i % 2] = a.scale;
-    again[i / 2][i % 2] = not_finite(dq[i / 2], i % 2, warp_row + i * 8 + lane / 4 < rows);
+    again |= not_finite(dq[i / 2], i % 2, warp_row + i * 8 + lane / 4 < rows) << (i * 8);
   }
   __syncwarp();
   uint16_t* to = static_cast<uint16_t*>(a.dq) + ((batch * a.q_len + first + warp_row) * a.heads + head) * a.dim;
   store_rows<T>(dq, factor, values + warp_row * Rows::PITCH, to, int64_t(a.heads) * a.dim, rows - warp_row, a.dim, lane);
-  if (!a.mask.counts[(batch * a.mask.batch + head * a.mask.head) * a.mask.lines + line]) return;  // nothing is masked
-#pragma unroll
-  for (int i = 0; i < 2 * S::ATOMS; ++i)
-    for_rows(again[i / 2][i % 2], [&](int row, int) { exact_dq<T>(a, batch, head, line, start + warp_row + i * 8 + row); });
+  for_rows(again, [&](int row) { exact_dq<T>(a, batch, head, line, start + warp_row + row); });
 }
 
 // dk and dv of 64 keys, 16 a warp, whose rows of k and v stay in registers; beyond 128 dims of 32 keys, and of the sums, which fill
@@ -212,7 +209,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_dkv(const __grid_constant
   float dk[1][S::WIDTH / 8][4] = {}, dv[1][S::WIDTH / 8][4] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const uint32_t q = problem.q.offset(batch, head), dout = problem.dout.offset(batch, head);
-    const float* numbers = (threadIdx.x < S::QUERIES ? a.log2 : a.delta) + (batch * a.heads + head) * a.q_len;
+    const uint32_t numbers = (uint32_t(batch) * a.heads + head) * a.q_len;
     auto walk = Walk<S::QUERIES>::queries(mask, batch, head, line, a.q_len);
     // Starts bringing a tile of queries to the half of shared memory that `odd` says.
     const auto load = [&](const Part& part, int odd) {
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_dkv(const __grid_constant
                                       a.v_dim);
       const int row = threadIdx.x % S::QUERIES;
       if (threadIdx.x < 2 * S::QUERIES)
-        ptx::cp_async<4>(shared + S::NUMBERS + odd * 8 * S::QUERIES + threadIdx.x * 4, numbers + part.first + row,
+        ptx::cp_async<4>(shared + S::NUMBERS + odd * 8 * S::QUERIES + threadIdx.x * 4, (threadIdx.x < S::QUERIES ? a.log2 : a.delta) + numbers + part.first + row,
                          row < part.count ? 4 : 0);
       if (part.tile >= 0)
         copy_bits<S::QUERIES>(shared + S::BITS + odd * 8 * S::QUERIES, mask, part.tile, part.start, part.count, start & ~63);
@@ -281,6 +278,12 @@ __global__ void __launch_bounds__(THREADS, 2) backward_dkv(const __grid_constant
   }
   __syncthreads();  // queries are done with
   const uint32_t mine = shared + warp * 16 * Tile<S::WIDTH>::PITCH;
+  uint32_t again = 0;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool there = warp_row + r * 8 + lane / 4 < rows;
+    again |= (not_finite(dk[0], r, there) | not_finite(dv[0], r, there)) << (r * 8);
+  }
   const float scaled[1][2] = {{a.scale, a.scale}}, plain[1][2] = {{1.0f, 1.0f}};
   const int64_t row = (batch * a.k_len + first + warp_row) * a.kv_heads + kv_head;
   store_rows<T>(dk, scaled, mine, static_cast<uint16_t*>(a.dk) + row * a.dim + half / 2, int64_t(a.kv_heads) * a.dim, rows - warp_row,
@@ -288,10 +291,7 @@ __global__ void __launch_bounds__(THREADS, 2) backward_dkv(const __grid_constant
   store_rows<T>(dv, plain, mine, static_cast<uint16_t*>(a.dv) + row * a.v_dim + half / 2, int64_t(a.kv_heads) * a.v_dim,
                 rows - warp_row, a.v_dim - half / 2, lane);
   if constexpr (S::HALVES > 1) __syncthreads();  // what another warp stored, this one may store again
-#pragma unroll
-  for (int r = 0; r < 2; ++r)
-    for_rows(not_finite(dk[0], r, warp_row + r * 8 + lane / 4 < rows) | not_finite(dv[0], r, warp_row + r * 8 + lane / 4 < rows),
-             [&](int row, int) { exact_dkv<T>(a, batch, kv_head, line, start + warp_row + r * 8 + row); });
+  for_rows(again, [&](int row) { exact_dkv<T>(a, batch, kv_head, line, start + warp_row + row); });
 }
 
 template <class T, int HEAD>

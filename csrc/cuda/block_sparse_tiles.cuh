@@ -131,21 +131,24 @@ HH_DEVICE void store_rows(const float (&x)[ATOMS][N][4], const float (&factor)[A
   __syncwarp();
 }
 
-// Lanes of which row r of the sums, where `there`, holds what isn't finite.
+// Which of 8 rows r of the sums, `there`, hold what isn't finite: a bit each.
 template <int N>
 HH_DEVICE uint32_t not_finite(const float (&x)[N][4], int r, bool there) {
   float zero = 0;
 #pragma unroll
   for (int d = 0; d < N; ++d) zero = fmaf(x[d][2 * r], 0.0f, fmaf(x[d][2 * r + 1], 0.0f, zero));
-  return __ballot_sync(0xffffffffu, zero != 0 && there);
+  const uint32_t lanes = __ballot_sync(0xffffffffu, zero != 0 && there);
+  uint32_t rows = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) rows |= (lanes >> 4 * i & 15) ? 1u << i : 0;
+  return rows;
 }
 
-// f(row, lane) for each of 8 rows of a fragment of which lanes say so: `lanes` is the ballot, row one of them and lane one that has it.
+// f(row) for each row whose bit is set.
 template <class F>
-HH_DEVICE void for_rows(uint32_t lanes, const F& f) {
+HH_DEVICE void for_rows(uint32_t rows, const F& f) {
 #pragma unroll 1
-  for (int row = 0; row < 8; ++row)
-    if (lanes >> 4 * row & 15) f(row, 4 * row);
+  for (; rows; rows &= rows - 1) f(__ffs(static_cast<int>(rows)) - 1);
 }
 
 // f with the least HEAD that serves `dim`. HH_HEAD_DIMS leaves one, and HH_ONE_DTYPE one type, for compilations of a single kernel.

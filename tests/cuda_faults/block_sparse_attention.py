@@ -81,7 +81,7 @@ FAULTS = [
     Fault("last row of a tile not copied", "forward", "uninitialized", TILES,
           "for (int i = 0; i < ROWS / STEP; ++i, source", "for (int i = 0; i < ROWS / STEP - 1; ++i, source"),
     Fault("rows that infinities touched left as they are", "poisoned", NUMBERS, TILES,
-          "if (lanes >> 4 * row & 15) f(row, 4 * row);", "if (lanes >> 4 * row & 16) f(row, 4 * row);"),
+          "rows |= (lanes >> 4 * i & 15) ? 1u << i : 0;", ""),
     Fault("no barrier before the next values come", "backward", "race", BACKWARD,
           "    __syncthreads();  // the values are done with\n", ""),
     Fault("queries of the next tile not waited for", "backward", "async-pending", BACKWARD,

@@ -115,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
   check_sizes(lse, {q.size(0), q.size(2), q.size(1)}, "lse");
   check_sizes(dlse, {q.size(0), q.size(2), q.size(1)}, "dlse");
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse must be contiguous");
+  STD_TORCH_CHECK(lse.numel() <= std::numeric_limits<uint32_t>::max(), "lse has more than 2^32 - 1 elements");
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && dout.scalar_type() == q.scalar_type(), "out and dout must have q's dtype");
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && dlse.scalar_type() == ScalarType::Float, "lse must be float32");
   a.dout = heads(call, dout, "dout");
