@@ -1,4 +1,4 @@
-# setup demo test test-all asan tsan bench gpu kernel-report lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
+# setup demo test test-all simt-full asan tsan bench gpu kernel-report cuda-counts lint. One environment, .venv; stamps in it say what is done, so nothing is done twice.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -12,7 +12,7 @@ ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
 endif
 endif
 
-.PHONY: setup demo test test-all asan tsan bench gpu kernel-report lint clean
+.PHONY: setup demo test test-all simt-full asan tsan bench gpu kernel-report cuda-counts lint clean
 
 setup: $(VENV)/.everything
 
@@ -40,7 +40,7 @@ demo: $(VENV)/.video
 # A test runs on one thread: as many at a time as there are cores, four at most.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal --durations 15
 # These run the same whichever implementation the ops choose.
-SAME := simt_* compile_only* kernel_report readme packaging masks_static masks_cli calibrate info layout long_* video_[eiptw]*
+SAME := simt_* cuda_* compile_only* kernel_report readme packaging masks_static masks_cli calibrate info layout long_* video_[eiptw]*
 
 test: $(VENV)/.everything
 	$(PYTEST)
@@ -51,6 +51,14 @@ test-all: $(VENV)/.everything
 	$(PYTEST) -m ''
 	HHATTN_IMPL=reference $(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -k triton
+
+# What `make test` leaves out of the emulator's: the slow tests, every architecture's code, and the ops' own tests on their CUDA kernels
+# in other orders of warps and blocks, as on sm_80 and as on sm_90.
+ON_CUDA = $(PYTEST) -q -k cuda $(OPS:%=tests/test_%.py)
+simt-full: $(VENV)/.everything
+	$(PYTEST) -m '' tests/test_simt_*.py tests/test_cuda_*.py tests/test_compile_only_cuda.py
+	HHATTN_SIMT=80 HHATTN_SIMT_SEED=1 $(ON_CUDA)
+	HHATTN_SIMT=90 HHATTN_SIMT_SEED=2 $(ON_CUDA)
 
 # The ops' tests on a library whose every access (asan), or every order between threads (tsan), is checked. The test of memory is
 # left out, since freed memory is held back; leaks are Python's and torch's own.
@@ -76,9 +84,13 @@ bench: $(VENV)/.everything
 gpu: $(VENV)/.everything
 	@$(BIN)/python benchmarks/gpu.py
 
-# docs/kernels.md: every Triton kernel compiled for A100, H100 and B200, and what a model predicts for it. Needs no GPU.
+# docs/kernels.md: every Triton and CUDA kernel compiled for A100, H100 and B200, and what a model predicts for it. Needs nvcc, no GPU.
 kernel-report: $(VENV)/.everything
 	$(BIN)/python benchmarks/kernel_report.py
+
+# tests/cuda_counts.json: what the CUDA kernels' machine code is made of, which a test holds later code against.
+cuda-counts: $(VENV)/.everything
+	$(BIN)/python benchmarks/cuda_counts.py
 
 lint: $(VENV)/.everything
 	$(BIN)/ruff check .

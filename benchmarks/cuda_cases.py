@@ -29,6 +29,7 @@ from kernel_cases import (
     mask_flops,
     meta,
     norm_arguments,
+    rope_arguments,
     sparse_arguments,
     sparse_backward_arguments,
 )
@@ -156,8 +157,42 @@ def norm_forward(model: Model) -> CudaCase:
 
 def norm_backward(model: Model) -> CudaCase:
     x, scale, shift, residual, gate = norm_arguments(model)
-    args = (x.clone(), x.clone(), x, scale, shift, None, None, residual, gate, True, 1e-6)
-    return CudaCase("norm_modulate", "backward", model, operator("norm_modulate_backward", *args), defines=BF16)
+    call = operator(
+        "norm_modulate_backward", x.clone(), x.clone(), x, scale, shift, None, None, residual, gate, True, 1e-6
+    )
+    return _norm_backward("norm_modulate", model, call, "dscale")
+
+
+def _norm_backward(op: str, model: Model, call: Callable[[], object], summed: str) -> CudaCase:
+    """Blocks take pieces of the tokens, row by row; then what pieces hold of a row of modulation, ``summed`` or another
+    of its size, is added up by 8 threads."""
+
+    def times(launch: CudaLaunch) -> Sequence[float]:
+        if launch.name == "sum_parts":  # a loop over about so many pieces, unrolled or not
+            run = math.ceil(math.ceil(model.seq / 4096) / 16) * 16
+            return [max(1.0, model.seq / model.rows / run / 8)]
+        x, y, _ = launch.recorded.block
+        if op == "qk_norm_rope" and not model.across:  # some lanes of 8 channels have a token, and go over its heads
+            return [model.seq / launch.grid[0] / (x // (model.dim // 8)) * model.heads]
+        return [model.seq / launch.grid[0] / y]
+
+    def moved(launch: CudaLaunch) -> Sequence[str] | None:
+        return (summed,) if launch.name == "sum_parts" else None
+
+    return CudaCase(op, "backward", model, call, times, moved=moved, defines=BF16)
+
+
+def rope_forward(model: Model) -> CudaCase:
+    """Where heads are normed apart, threads go over the heads of a token."""
+    call = operator("qk_norm_rope", *rope_arguments(model))
+    times = () if model.across else (float(model.heads),)
+    return CudaCase("qk_norm_rope", "forward", model, call, lambda launch: times, defines=BF16)
+
+
+def rope_backward(model: Model) -> CudaCase:
+    dq, dk = (meta(1, model.seq, model.heads, model.dim) for _ in range(2))
+    call = operator("qk_norm_rope_backward", dq, dk, *rope_arguments(model), False)
+    return _norm_backward("qk_norm_rope", model, call, "dweight")
 
 
 def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
@@ -276,7 +311,14 @@ def halved(table: Tensor) -> Tensor:
     return table[:, ::2].contiguous()
 
 
-CASES: tuple[Callable[[Model], CudaCase], ...] = (norm_forward, norm_backward, sparse_forward, sparse_backward)
+CASES: tuple[Callable[[Model], CudaCase], ...] = (
+    norm_forward,
+    norm_backward,
+    rope_forward,
+    rope_backward,
+    sparse_forward,
+    sparse_backward,
+)
 
 
 def cases() -> list[CudaCase]:

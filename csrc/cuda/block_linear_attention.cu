@@ -213,7 +213,7 @@ struct Sums {
 
 // Blocks that a multiprocessor's registers are for: without spills.
 constexpr int sums_blocks(bool half, int dim, Kind kind) {
-  return (half && dim > 64) || (kind != LEAN && dim > 112) ? 1 : 256 / dim;
+  return dim > 64 && (half || kind != LEAN) ? 1 : 256 / dim;
 }
 
 template <class T, int D, Kind KIND>
@@ -241,10 +241,14 @@ __global__ void __launch_bounds__(2 * D, sums_blocks(std::is_same_v<T, f16>, D, 
 }
 
 // ---- outputs
-// A block's piece of tokens, and columns of its chunk's state from blockIdx.y · D on, which it keeps in shared memory.
+// Columns of a state that a block of threads takes; the code for everything has no registers for 128.
+constexpr int columns(int dim, Kind kind) { return kind == ANY && dim > 112 ? 64 : dim; }
+
+// A block's piece of tokens, and N columns of its chunk's state from blockIdx.y · N on, which it keeps in shared memory.
 template <class T, int D, Kind KIND>
 struct Outputs {
-  using Kv = State<D, D, false>;
+  static constexpr int N = columns(D, KIND);
+  using Kv = State<D, N, false>;
   const LinearOutputsArgs& a;
   const Maps<KIND> maps;
   const Place p;
@@ -261,7 +265,7 @@ struct Outputs {
     const int64_t first = min(token, p.end - 1) * (r.dim / 2), second = min(token + 8, p.end - 1) * (r.dim / 2);
     const float *cos[2] = {r.cos + first, r.cos + second}, *sin[2] = {r.sin + first, r.sin + second};
     float2 c[2][2], z[2][2];  // cosines and sines of a row and step
-    float sums[D / 8][4] = {}, weight[2] = {};
+    float sums[N / 8][4] = {}, weight[2] = {};
     Soft soft[2];
     if (maps.softmax()) rows.template soften<T>(soft, t, r.dim);
 #pragma unroll
@@ -295,7 +299,7 @@ struct Outputs {
     store(sums, weight, token);
   }
 
-  HH_DEVICE void store(const float (&sums)[D / 8][4], const float (&weight)[2], int64_t token) const {
+  HH_DEVICE void store(const float (&sums)[N / 8][4], const float (&weight)[2], int64_t token) const {
     const LinearRows& r = a.rows;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -303,9 +307,9 @@ struct Outputs {
       if (token + 8 * i >= p.end) continue;
       const int64_t place = (p.b * r.tokens + token + 8 * i) * r.heads + p.h;
       const float gate = r.gate ? r.gate[place] : 1.0f;
-      Row<D> out;
+      Row<N> out;
 #pragma unroll
-      for (int j = 0; j < D / 8; ++j)
+      for (int j = 0; j < N / 8; ++j)
         out.words[j] = ptx::pack<T>(by.of(sums[j][2 * i]) * gate, by.of(sums[j][2 * i + 1]) * gate);
       out.template store<KIND>(static_cast<T*>(a.out.data) + place * r.v_dim + v_begin, t, r.v_dim - v_begin);
     }
@@ -314,13 +318,14 @@ struct Outputs {
 
 template <class T, int D, Kind KIND>
 __global__ void __launch_bounds__(32 * WARPS) linear_outputs(const LinearOutputsArgs a) {
-  using Kv = State<D, D, false>;
+  constexpr int N = columns(D, KIND);
+  using Kv = State<D, N, false>;
   DYNAMIC_SHARED(bytes);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   auto* state = reinterpret_cast<uint4*>(bytes);
   auto* keys = reinterpret_cast<float*>(bytes + Kv::SHARED);
   const LinearRows& r = a.rows;
-  const Outputs<T, D, KIND> o{a, {r}, place_of(r), state, keys, lane, lane / 4, lane % 4, int(blockIdx.y) * D};
+  const Outputs<T, D, KIND> o{a, {r}, place_of(r), state, keys, lane, lane / 4, lane % 4, int(blockIdx.y) * N};
   const Place& p = o.p;
   if (p.begin >= p.end) return;
   const int64_t place = (p.b * r.heads + p.h) * a.places + a.place + p.chunk;
@@ -361,9 +366,9 @@ extern "C" int hh_cuda_linear_outputs(const hh::LinearOutputsArgs* args, void* s
   using namespace hh;
   const LinearRows& r = args->rows;
   return with_kernel(r, aligned(r.x), [&](auto type, auto dim, auto kind) {
-    constexpr int D = dim;
-    return launch("linear_outputs", linear_outputs<decltype(type), D, decltype(kind)::value>, grid_of(r, (r.v_dim + D - 1) / D),
-                  dim3(32 * WARPS), State<D, D, false>::SHARED + D * 4, stream, *args);
+    constexpr int D = dim, N = columns(D, kind);
+    return launch("linear_outputs", linear_outputs<decltype(type), D, decltype(kind)::value>, grid_of(r, (r.v_dim + N - 1) / N),
+                  dim3(32 * WARPS), State<D, N, false>::SHARED + D * 4, stream, *args);
   });
 }
 

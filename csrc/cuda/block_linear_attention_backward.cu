@@ -183,7 +183,7 @@ struct Gradients {
 };
 
 template <class T, int D, Kind KIND>
-__global__ void __launch_bounds__(32 * WARPS, 2) linear_gradients(const LinearGradientsArgs a) {
+__global__ void __launch_bounds__(32 * WARPS, KIND == LEAN && D <= 112 ? 3 : 2) linear_gradients(const LinearGradientsArgs a) {
   using Kv = State<D, D, true>;
   DYNAMIC_SHARED(bytes);
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;

@@ -51,11 +51,14 @@ int64_t chunks_of(int64_t tokens, int64_t length, const std::vector<int64_t>& li
   return listed.empty() ? std::max<int64_t>(up(tokens, length), 1) : static_cast<int64_t>(listed.size());
 }
 
-const float* floats(Call& call, const OptTensor& t, std::initializer_list<int64_t> sizes, const char* name) {
+// `wide`: several are read at once.
+const float* floats(Call& call, const OptTensor& t, std::initializer_list<int64_t> sizes, const char* name, bool wide = false) {
   if (!t) return nullptr;
   check_sizes(*t, sizes, name);
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous(), name, " must be contiguous float32");
-  return static_cast<const float*>(call.read(*t, name));
+  const void* data = call.read(*t, name);
+  STD_TORCH_CHECK(!wide || reinterpret_cast<uintptr_t>(data) % 16 == 0, name, " must begin at a multiple of 16 bytes");
+  return static_cast<const float*>(data);
 }
 float* new_floats(Call& call, Tensor& t, const char* name) { return static_cast<float*>(call.write(t, name)); }
 
@@ -71,8 +74,8 @@ LinearRows rows_of(Call& call, const Tensor& x, const char* name, int64_t v_dim,
   STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin must both be given, or neither");
   r.dim = static_cast<int>(x.size(3)), r.v_dim = static_cast<int>(v_dim);
   r.phi = static_cast<int>(phi), r.psi = static_cast<int>(psi);
-  r.cos = floats(call, cos, {r.tokens, r.dim / 2}, "cos");
-  r.sin = floats(call, sin, {r.tokens, r.dim / 2}, "sin");
+  r.cos = floats(call, cos, {r.tokens, r.dim / 2}, "cos", true);
+  r.sin = floats(call, sin, {r.tokens, r.dim / 2}, "sin", true);
   r.gate = floats(call, gate, {r.batch, r.tokens, r.heads}, "gate");
   return r;
 }
@@ -159,7 +162,7 @@ struct State {
 State state_of(Call& call, const LinearRows& r, const Tensor& kv, const Tensor& k_sum, const How& how, const char* kv_name,
                const char* k_sum_name) {
   const int64_t count = chunks_of(r.tokens, how.length, how.listed);
-  return {floats(call, kv, {r.batch, r.heads, count, r.dim, r.v_dim}, kv_name),
+  return {floats(call, kv, {r.batch, r.heads, count, r.dim, r.v_dim}, kv_name, true),
           floats(call, k_sum, {r.batch, r.heads, count, r.dim}, k_sum_name)};
 }
 
