@@ -7,8 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
+
+from helpers import randn
+from model_zoo import FAMILIES
+
+import hhattn
 
 FIRST_CALLS = """
 import torch, hhattn
@@ -32,3 +38,21 @@ def test_the_first_calls_of_all_are_compiled() -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@torch.no_grad()
+def test_dynamic_shapes_have_one_graph_for_all_grids() -> None:
+    family = FAMILIES[0]
+    model, inputs = family.model(), family.inputs(torch.float32)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    with hhattn.swap(model):
+        model.compile_repeated_blocks(fullgraph=True, backend=backend, dynamic=True)
+        for frames in (3, 4, 6):
+            model(**{**inputs, "hidden_states": randn(2, 4, frames, 8, 10)})
+    assert len(graphs) == 1

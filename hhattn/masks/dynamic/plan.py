@@ -94,8 +94,9 @@ class SparsityPlan:
 
     State is each layer's own and is for tensors of one shape: with others (another video, another resolution) the layer
     starts from step 0 and no mask. A new video of the same shape looks no different from one step more: say
-    :meth:`reset` before it, or give ``steps``, after which counting starts over. Activation checkpointing calls a layer
-    again in the backward, which would count as another step: train under a mask, or without checkpointing.
+    :meth:`reset` before it, or give ``steps``, after which counting starts over (:func:`hhattn.swap`, which sees the
+    noise level, starts over where that begins again). Activation checkpointing calls a layer again in the backward,
+    which would count as another step: train under a mask, or without checkpointing.
 
     Args:
         select: a :class:`Selector`; or a :class:`BlockMask` that is the same at every step; or, under
