@@ -65,6 +65,21 @@ def archs(source: Path) -> tuple[str, ...]:
     return ("90a",) if source.stem.endswith("_sm90") else ARCHS
 
 
+#: What leaves the instantiations that most calls take, by the beginning of a source's name: quick to compile.
+NARROW = {
+    "block_sparse_attention_sm90": ("HH_ONE_SHAPE=hh::bf16,128,128,2",),
+    "block_sparse_attention": ("HH_HEAD_DIMS=128", "HH_ONE_DTYPE=hh::bf16"),
+    "block_linear_attention": ("HH_HEAD_DIMS=112",),
+    "norm_modulate": ("HH_ONE_DTYPE=hh::bf16", "HH_VEC=8"),
+    "qk_norm_rope": ("HH_ONE_DTYPE=hh::bf16", "HH_VEC=4"),
+}
+
+
+def narrow(source: Path) -> tuple[str, ...]:
+    """The defines under which few kernels of a source are left; none for one that isn't listed."""
+    return next((defines for begin, defines in NARROW.items() if source.stem.startswith(begin)), ())
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel. ``symbol`` is its mangled name, ``name`` the plain one, without parameters; ``threads`` a
@@ -151,7 +166,8 @@ def _kernels(dump: str, arch: int) -> Iterator[Kernel]:
 def compiled(source: Path, arch: str, defines: tuple[str, ...] = ()) -> Code:
     """The source's kernels for sm_<arch>. Kept in the emulator's cache, by all that it is made of. RuntimeError with
     the compiler's words if it doesn't compile."""
-    flags = (*FLAGS, f"-arch=sm_{arch}", *(f"-D{define}" for define in defines))
+    escaped = (define.replace(",", r"\,") for define in defines)  # nvcc takes a comma for the end of an option
+    flags = (*FLAGS, f"-arch=sm_{arch}", *(f"-D{define}" for define in escaped))
     made = runtime.cache_dir() / f"nvcc-{runtime.digest(nvcc_version(), flags, *runtime.included(source))}"
     if not (made / "dump").exists():
         _compile(source, flags, made)

@@ -42,7 +42,9 @@ def compiler() -> str:
 
 
 def source_counts(source: Path, arch: str) -> dict[str, dict[str, int]]:
-    return {kernel.name: counts(kernel) for kernel in cuda_code.compiled(source, arch).kernels}
+    """Of the kernels that most calls take."""
+    found = cuda_code.compiled(source, arch, cuda_code.narrow(source)).kernels
+    return {kernel.name: counts(kernel) for kernel in found}
 
 
 def regressions(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> list[str]:

@@ -5,30 +5,31 @@ in the snapshot (`make cuda-counts`)."""
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")  # for its cuobjdump
 
+import cuda_cases
 import cuda_code
 import cuda_counts
 import sass
+from gpu_model import PARTS, occupancy
 
 pytestmark = pytest.mark.skipif(cuda_code.nvcc() is None, reason="no nvcc here")
 
 FAST = ("80", "90a")
-UNFINISHED = {("block_sparse_attention", "120"): "forward<Shape<..., 128, ...>> spills, 1 to 3 times in its loop"}
-
-
-def _marks(source: Path, arch: str) -> list[pytest.MarkDecorator]:
-    slow = [] if arch in FAST else [pytest.mark.slow]
-    known = UNFINISHED.get((source.stem, arch))
-    return [*slow, pytest.mark.xfail(reason=known)] if known else slow
-
-
-COMPILED = [
-    pytest.param(source, arch, id=f"{source.stem}-{arch}", marks=_marks(source, arch))
+NARROW = [
+    pytest.param(source, arch, cuda_code.narrow(source), id=f"{source.stem}-{arch}")
+    for source in cuda_code.sources()
+    for arch in cuda_code.archs(source)
+    if arch in FAST
+]
+EVERY = [
+    pytest.param(source, arch, (), id=f"{source.stem}-{arch}-every", marks=pytest.mark.slow)
     for source in cuda_code.sources()
     for arch in cuda_code.archs(source)
 ]
@@ -59,9 +60,10 @@ SPILLS |= {
 PRODUCTS = {"block_sparse_attention": "HMMA", "block_sparse_attention_sm90": "HGMMA", "block_linear_attention": "HMMA"}
 
 
-@pytest.mark.parametrize(("source", "arch"), COMPILED)
-def test_the_code_is_what_it_should_be(source: Path, arch: str) -> None:
-    code = cuda_code.compiled(source, arch)
+@pytest.mark.parametrize(("source", "arch", "defines"), NARROW + EVERY)
+def test_the_code_is_what_it_should_be(source: Path, arch: str, defines: tuple[str, ...]) -> None:
+    """The kernels that most calls take, and, slowly, all of them."""
+    code = cuda_code.compiled(source, arch, defines)
     assert code.kernels
     for kernel in code.kernels:
         where = f"{kernel.name} for sm_{arch}"
@@ -81,12 +83,25 @@ def test_the_code_is_what_it_should_be(source: Path, arch: str) -> None:
     assert wide, "no load of 16 bytes"
 
 
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="launches are recorded by the emulator")
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_launches_of_real_models_fit(arch: int) -> None:
+    """Threads and shared memory of a block, as host code asks for them."""
+    for case in cuda_cases.cases():
+        launches = case.launches({86: 80, 120: 100}.get(arch, arch))
+        assert launches, f"{case.op} {case.phase}"
+        for launch in launches:
+            x, y, z = launch.recorded.block
+            held = occupancy(PARTS[arch], 32, launch.recorded.shared, x * y * z)
+            assert held.blocks >= 1, f"{launch.plain}: {launch.recorded.shared} bytes, {x * y * z} threads"
+
+
 SNAPSHOT = (
     json.loads(cuda_counts.SNAPSHOT.read_text()) if cuda_counts.SNAPSHOT.exists() else {"nvcc": "", "sources": {}}
 )
 
 
-@pytest.mark.parametrize(("source", "arch"), [one for one in COMPILED if one.values[1] in FAST])
+@pytest.mark.parametrize(("source", "arch"), [pytest.param(*one.values[:2], id=one.id) for one in NARROW])
 def test_nothing_costs_more_than_in_the_snapshot(source: Path, arch: str) -> None:
     if not SNAPSHOT["sources"]:
         pytest.skip("no snapshot yet: make cuda-counts")
