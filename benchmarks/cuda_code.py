@@ -71,7 +71,7 @@ NARROW = {
     "block_sparse_attention": ("HH_HEAD_DIMS=128", "HH_ONE_DTYPE=hh::bf16"),
     "block_linear_attention": ("HH_HEAD_DIMS=112",),
     "norm_modulate": ("HH_ONE_DTYPE=hh::bf16", "HH_VEC=8"),
-    "qk_norm_rope": ("HH_ONE_DTYPE=hh::bf16", "HH_VEC=4"),
+    "qk_norm_rope": ("HH_ONE_DTYPE=hh::bf16",),
 }
 
 
