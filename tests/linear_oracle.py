@@ -23,7 +23,7 @@ MAPS = {
     "identity": lambda x: x,
     "elu1": lambda x: torch.where(x > 0, x + 1, x.exp()),
     "relu2": lambda x: x.clamp(min=0) ** 2,
-    "softmax": lambda x: x.exp() / x.exp().sum(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(-1),
 }
 
 
@@ -147,12 +147,21 @@ EVERY = {"rope", "key_gate", "chunk_decay", "initial_state"}
 
 
 def compare(
-    impl: str, dtype: torch.dtype, sizes: tuple[int, ...], chunk_lens: object, names: set[str], **how: object
+    impl: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    chunk_lens: object,
+    names: set[str],
+    *,
+    shift: float = 0.0,
+    **how: object,
 ) -> None:
-    """Outputs, states and gradients of everything that has one, beside the recurrence in the same dtype."""
+    """Outputs, states and gradients of everything that has one, beside the recurrence in the same dtype. ``shift`` is
+    added to q and k."""
     batch, tokens, heads, kv_heads, dim, dim_v = sizes
     lens = lens_of(chunk_lens, tokens)
-    given = [x.to(dtype) for x in inputs(batch, tokens, heads, kv_heads, dim, dim_v)]
+    q, k, v = inputs(batch, tokens, heads, kv_heads, dim, dim_v)
+    given = [x.to(dtype) for x in (q + shift, k + shift, v)]
     extra = options(batch, tokens, heads, dim, dim_v, len(lens), names)
     upstream = randn(batch, tokens, heads, dim_v, dtype=torch.float64, seed=9)
 

@@ -3,6 +3,8 @@ GPU): every map and option, and chunks of pieces."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from helpers import DEVICE
@@ -58,6 +60,18 @@ def test_head_dims(impl: str, dtype: torch.dtype, dim: int, dim_v: int) -> None:
 def test_every_map(impl: str, dtype: torch.dtype, maps: tuple[str, str | None], normalize: bool) -> None:
     how = {"feature_map": maps[0], "numerator_map": maps[1], "normalize": normalize, "eps": 1e-3}
     compare(impl, dtype, (1, 20, 2, 1, 20, 10), 16, {"rope", "decay"}, **how)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), ONE_EACH, ids=str)
+def test_rows_far_below_zero(impl: str, dtype: torch.dtype) -> None:
+    """exp(0 - the row's maximum) is infinite: channels that aren't there must not be mapped as zeros are."""
+    compare(impl, dtype, (1, 20, 1, 1, 40, 24), 16, {"rope"}, shift=-100.0, feature_map="softmax", eps=1e-3)
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(("impl", "dtype"), ONE_EACH, ids=str)
+def test_chunks_far_longer_than_the_sequence(impl: str, dtype: torch.dtype) -> None:
+    compare(impl, dtype, (1, 20, 1, 1, 16, 16), sys.maxsize, {"key_gate"}, eps=1e-3)
 
 
 @pytest.mark.parametrize(("impl", "dtype"), [("triton", F16), ("cuda", F16), ("cuda", BF16)], ids=str)

@@ -89,7 +89,7 @@ struct Sums {
         if (there[i][0]) most = fmaxf(most, x[i].x);
         if (there[i][1]) most = fmaxf(most, x[i].y);
       }
-      most = ptx::warp_max(most) * LOG2_E;
+      most = ptx::warp_max(most);
 #pragma unroll
       for (int i = 0; i < 2; ++i) sum += (there[i][0] ? soft_exp(x[i].x, most) : 0) + (there[i][1] ? soft_exp(x[i].y, most) : 0);
       sum = ptx::warp_sum(sum);

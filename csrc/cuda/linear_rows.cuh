@@ -19,21 +19,23 @@ enum Map { RELU, IDENTITY, ELU1, RELU2, SOFTMAX };
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// What a row's softmax needs of the row: log2(e) times its largest number, and 1 / the sum of exponentials.
+// What a row's softmax needs of the row: its largest number, and 1 / the sum of exponentials.
 struct Soft {
   float max = 0, scale = 0;
 };
 
-HH_DEVICE float soft_exp(float x, float max) { return ptx::exp2(x * LOG2_E - max); }
+// The difference first, which is exact where it matters: rows may lie far from 0.
+HH_DEVICE float soft_exp(float x, float max) { return ptx::exp2((x - max) * LOG2_E); }
 
-// A feature map of one number. A NaN stays one.
+// A feature map of one number. A NaN stays one. Channels beyond the head dim, which are 0, aren't below a row's maximum: what they
+// are mapped to has to be finite for products with a state's zeros.
 HH_DEVICE float mapped(float x, int map, Soft soft) {
   const float y = x <= 0 ? 0.0f : x;
   if (map == RELU) return y;
   if (map == IDENTITY) return x;
   if (map == ELU1) return x > 0 ? x + 1 : soft_exp(x, 0);
   if (map == RELU2) return y * y;
-  return soft_exp(x, soft.max) * soft.scale;
+  return soft_exp(x > soft.max ? soft.max : x, soft.max) * soft.scale;
 }
 
 // The gradient in x for that in mapped(x); sum: Σ of softmax times gradient over the row.

@@ -140,7 +140,7 @@ struct Two {
           else
             sum += (c < width ? soft_exp(x.x, most) : 0) + (c + 1 < width ? soft_exp(x.y, most) : 0);
         }
-        if (pass == 0) most = ptx::quad_max(most) * LOG2_E;
+        if (pass == 0) most = ptx::quad_max(most);
       }
       soft[i] = {most, 1 / ptx::quad_sum(sum)};
     }

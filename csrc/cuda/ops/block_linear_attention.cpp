@@ -15,7 +15,7 @@ constexpr int64_t ROUND = 64;           // tokens that a block of threads passes
 constexpr int64_t LEAST = 4 * ROUND;    // of a piece: for fewer, writing its sums would take longer than making them
 constexpr int64_t BLOCKS = 1024;        // pieces of all heads, about: several a multiprocessor. More would write more sums
 
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t up(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // for b up to the largest
 
 // Chunks that one launch takes, and the first one's number.
 struct Run {
@@ -26,13 +26,14 @@ struct Run {
 // Chunks of `length` tokens, or of the lengths listed: runs of equal ones, of which a shorter one may be the last. So no table of
 // lengths is sent to the device. `rows`: batch entries times heads.
 std::vector<Run> runs_of(int64_t tokens, int64_t rows, int64_t length, const std::vector<int64_t>& listed) {
-  int64_t sum = 0;
-  for (const int64_t n : listed) sum += n;
-  STD_TORCH_CHECK(listed.empty() ? length > 0 : sum == tokens, "the chunks' lengths must be positive and sum to S");
+  int64_t sum = 0, least = length;
+  for (const int64_t n : listed) sum += n, least = std::min(least, n);
+  STD_TORCH_CHECK(least > 0 && (listed.empty() || sum == tokens), "the chunks' lengths must be positive and sum to S");
   const int64_t most = std::max(LEAST, tokens * rows / BLOCKS);
   std::vector<Run> runs;
   const auto add = [&](int64_t begin, int64_t end, int64_t length, int64_t place) {
-    const int64_t pieces = up(std::min(length, end - begin), most), piece = up(up(length, pieces), ROUND) * ROUND;
+    length = std::min(length, end - begin);
+    const int64_t pieces = up(length, most), piece = up(up(length, pieces), ROUND) * ROUND;
     runs.push_back({{begin, end, length, up(end - begin, length), pieces, piece}, place});
   };
   if (listed.empty() && tokens > 0) add(0, tokens, length, 0);
