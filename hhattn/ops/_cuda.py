@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hhattn.simt.session import Session
 
 NAMESPACE = "hhattn_cuda"
-OLDEST = (8, 0)  # compute capability
 
 emulated: Session | None = None  # kernels run on a CPU: set while hhattn.simt.emulate is active
 
@@ -44,27 +43,36 @@ def load() -> tuple[ModuleType | None, str | None]:
     return _library
 
 
+def has_code(capability: tuple[int, int], archs: str) -> bool:
+    """Whether a library that was compiled for ``archs`` ("80 90a 100") runs on a GPU. Code for 8.0 runs on every later
+    8.x, that for 9.0a on 9.0 alone; there is no PTX, of which a driver could make code for others."""
+    for arch in archs.split():
+        of = divmod(int(arch.rstrip("af")), 10)
+        if capability == of or (arch[-1] != "a" and capability[0] == of[0] and capability[1] > of[1]):
+            return True
+    return False
+
+
 @functools.cache
-def _too_old(device: int) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST:
+def _no_code(device: int, archs: str) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if has_code((major, minor), archs):
         return None
-    return (
-        f"GPU {device} has compute capability {capability[0]}.{capability[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]}"
-    )
+    return f"GPU {device} has compute capability {major}.{minor}; the CUDA kernels here were compiled for {archs}"
 
 
 def why_not(x: Tensor | None) -> str | None:
     """None, or the reason why kernels can't run on ``x``, or, for None, on this machine at all."""
     if emulated is not None:
         return None if x is None or x.device.type == "cpu" else f"x is on {x.device}; the emulator runs on CPU tensors"
-    if reason := load()[1]:
+    module, reason = load()
+    if module is None:
         return reason
     if x is None:
-        return _too_old(torch.cuda.current_device()) if torch.cuda.is_available() else "no CUDA GPU here"
+        return _no_code(torch.cuda.current_device(), module.archs) if torch.cuda.is_available() else "no CUDA GPU here"
     if x.device.type != "cuda":
         return f"x is on {x.device}; cuda runs on CUDA GPUs"
-    return _too_old(torch.cuda.current_device() if x.device.index is None else x.device.index)
+    return _no_code(torch.cuda.current_device() if x.device.index is None else x.device.index, module.archs)
 
 
 def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
