@@ -56,6 +56,8 @@ SPILLS |= {
     for type_ in ("bf16", "f16")
     for dim in (112, 128)
 }
+#: Dynamic shared memory that launches may ask for (csrc/cuda/launch.cuh): with all of it a block fits.
+EVERYWHERE, HOPPER = 99 << 10, 227 << 10
 #: Sources that multiply matrices, and by what.
 PRODUCTS = {"block_sparse_attention": "HMMA", "block_sparse_attention_sm90": "HGMMA", "block_linear_attention": "HMMA"}
 
@@ -71,7 +73,8 @@ def test_the_code_is_what_it_should_be(source: Path, arch: str, defines: tuple[s
         assert kernel.spills <= spills, f"{where}: {kernel.spills} accesses of local memory"
         assert kernel.threads, f"{where}: no __launch_bounds__, so the compiler doesn't know what registers there are"
         assert kernel.static == 0, f"{where}: {kernel.static} bytes of static shared memory"
-        assert kernel.occupancy(kernel.threads, 0).blocks >= 1, f"{where}: {kernel.registers} registers"
+        most = HOPPER if source.stem.endswith("_sm90") else EVERYWHERE
+        assert kernel.occupancy(kernel.threads, most).blocks >= 1, f"{where}: {kernel.registers} registers"
     serial = [line for line in code.warnings if "serializ" in line.lower()]
     assert not serial, serial
     stem = source.stem.removesuffix("_backward")

@@ -243,7 +243,8 @@ inline bool encode(TensorMap& map, const Heads& x, int batch, int tokens, int he
 #else
     const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
+    const bool there = forgotten(error) == 0 && result == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(there ? found : nullptr);
   }();
   const uint32_t ones[4] = {1, 1, 1, 1};
   const auto type = x.in.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -264,9 +265,9 @@ int run(const BlockSparseArgs& a, void* stream) {
   const bool encoded = encode(p.q, a.q, a.batch, a.q_len, a.heads, a.dim, S::ROWS) &&
                        encode(p.k, a.k, a.batch, a.k_len, a.kv_heads, a.dim, KEYS) &&
                        encode(p.v, a.v, a.batch, a.k_len, a.kv_heads, a.v_dim, KEYS);
-  if (!encoded) return 1;  // cudaErrorInvalidValue
+  if (!encoded) return NOT_TAKEN;
   const dim3 grid(unsigned(a.batch * a.mask.lines * (a.mask.bq / S::ROWS)), unsigned(a.heads));
-  return launch("block_sparse_attention_sm90", forward<T, HEAD, KEYS, GROUPS>, grid, dim3(S::THREADS), S::SHARED, stream, p);
+  return launch<SHARED_MOST>("block_sparse_attention_sm90", forward<T, HEAD, KEYS, GROUPS>, grid, dim3(S::THREADS), S::SHARED, stream, p);
 }
 
 // Two warpgroups where a mask's block has rows for them; 128 keys at once where a block has them and their scores fit registers.

@@ -4,6 +4,8 @@
 
 namespace hh {
 
+inline constexpr int NOT_TAKEN = -1;
+
 // Whether hh_cuda_block_sparse_attention_sm90 takes these arguments, which must be such as the other launcher takes: mask blocks of
 // whole 64 queries and keys, which TMA brings at once; strides that it can follow; bits that are read 16 bytes at a time.
 inline bool takes_sm90(const BlockSparseArgs& a) {
@@ -21,4 +23,5 @@ inline bool takes_sm90(const BlockSparseArgs& a) {
 
 }  // namespace hh
 
+// Returns hh::NOT_TAKEN, having done nothing, where the driver has no tensor maps for these arguments.
 extern "C" int hh_cuda_block_sparse_attention_sm90(const hh::BlockSparseArgs* args, void* stream);

@@ -23,6 +23,8 @@ OP = "block_sparse_attention"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
 MAX_GRID = 65535  # blocks of a CUDA grid along its second and third dims
+MAX_REACH = (2**32 - 33) * 8  # elements from a tensor's first to its last, which kernels count in 16 bytes and 32 bits
+LEAST_SCALE = 2.0**-149  # that isn't 0 in float32
 
 
 def block_sparse_attention(
@@ -335,13 +337,18 @@ def cuda_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
             return f"{name} has a head dim of {x.shape[3]}; cuda takes multiples of 8"
         if x.stride(3) == 1 and _misaligned(x):
             return f"rows of {name} don't all lie on edges of 16 bytes (strides {x.stride()})"
+        if sum((size - 1) * stride for size, stride in zip(x.shape[:3], x.stride(), strict=False)) >= MAX_REACH:
+            return f"{name} reaches over more than 64 GB (strides {x.stride()})"
     return _not_taken("cuda", q, *rest)
 
 
 def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """``namespace``'s operator."""
-    if namespace == _cuda.NAMESPACE and scale <= 0:  # its kernels take the largest product for the largest score
-        q, scale = q * ((scale > 0) - (scale < 0)), abs(scale) or 1.0
+    if (
+        namespace == _cuda.NAMESPACE and scale < LEAST_SCALE
+    ):  # its kernels take the largest product for the largest score
+        sign = -1 if scale <= -LEAST_SCALE else 0
+        q, scale = q * sign, abs(scale) if sign else 1.0
     columns: tuple[Tensor, ...] = ()
     trained = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     if namespace != "hhattn" and trained and not torch.compiler.is_compiling():

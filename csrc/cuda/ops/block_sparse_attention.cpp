@@ -27,7 +27,7 @@ BlockSparseMask lists(Call& call, const Mask& m, const Tensor& shape, int64_t li
   out.tiles = list(call, m.tiles, "kv_tiles");
   out.full_counts = list(call, m.full_counts, "full_kv_num_blocks");
   out.full_columns = list(call, m.full_columns, "full_kv_indices");
-  out.bits = static_cast<const uint8_t*>(call.read(m.bits, "tiles"));
+  out.bits = static_cast<const uint8_t*>(call.read(call.aligned(m.bits), "tiles"));
   out.batch = shape.size(0) > 1 ? shape.size(1) : 0;
   out.head = shape.size(1) > 1 ? 1 : 0;
   out.width = width;
@@ -38,8 +38,9 @@ BlockSparseMask lists(Call& call, const Mask& m, const Tensor& shape, int64_t li
   return out;
 }
 
-// [B, S, H, D] whose rows lie on edges of 16 bytes.
-Heads heads(Call& call, const Tensor& t, const char* name) {
+// [B, S, H, D] whose rows lie on edges of 16 bytes, or would if the first one did.
+Heads heads(Call& call, const Tensor& given, const char* name) {
+  const Tensor t = call.aligned(given);
   Heads out = call.heads(t, name);
   out.batch = step(t, 0), out.token = step(t, 1), out.head = step(t, 2);
   STD_TORCH_CHECK(out.in.dtype != DType::f32, name, " must be float16 or bfloat16");
@@ -94,10 +95,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   if (out.numel() == 0) return {out, lse};
   a.out = call.write(out, "out");
   a.lse = static_cast<float*>(call.write(lse, "lse"));
-  if (call.arch() == 90 && takes_sm90(a))
-    HH_CALL(call, hh_cuda_block_sparse_attention_sm90, a);
-  else
-    HH_CALL(call, hh_cuda_block_sparse_attention, a);
+  const bool taken = call.arch() == 90 && takes_sm90(a) && HH_TRY(call, hh_cuda_block_sparse_attention_sm90, a, NOT_TAKEN);
+  if (!taken) HH_CALL(call, hh_cuda_block_sparse_attention, a);
   return {out, lse};
 }
 
@@ -119,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && dout.scalar_type() == q.scalar_type(), "out and dout must have q's dtype");
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && dlse.scalar_type() == ScalarType::Float, "lse must be float32");
   a.dout = heads(call, dout, "dout");
-  a.out = const_cast<void*>(call.read(out, "out"));
+  a.out = const_cast<void*>(call.read(call.aligned(out), "out"));
   a.lse = const_cast<float*>(static_cast<const float*>(call.read(lse, "lse")));
   a.dlse = static_cast<const float*>(call.read(dlse, "dlse"));
   a.dlse_batch = step(dlse, 0), a.dlse_head = step(dlse, 1), a.dlse_token = step(dlse, 2);

@@ -14,6 +14,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../args.h"
 
@@ -68,8 +69,10 @@ class Call {
   explicit Call(const Tensor&) { simt_unregister_all(); }
   ~Call() { simt_unregister_all(); }
 #else
-  explicit Call(const Tensor& x) : guard_(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  // The runtime that is linked in here has a current device of its own, which torch's guard doesn't set.
+  explicit Call(const Tensor& x) : device_(x.get_device_index()), guard_(device_) {
+    STD_TORCH_CHECK(cudaSetDevice(device_) == cudaSuccess, "device ", device_, " can't be used");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
   }
 #endif
   Call(const Call&) = delete;
@@ -84,6 +87,12 @@ class Call {
     if (nowhere(t)) return NOWHERE;
 #endif
     return t.const_data_ptr();
+  }
+
+  // t, or a copy of it if it doesn't begin at a multiple of 16 bytes: a view of memory that isn't torch's, most often.
+  Tensor aligned(const Tensor& t) {
+    if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+    return copies_.emplace_back(torch::stable::clone(t));
   }
 
   // Contiguous memory that kernels write before they read it.
@@ -136,41 +145,46 @@ class Call {
 #endif
   }
 
-  // HH_CALL's.
+  // HH_CALL's and HH_TRY's.
   template <class Args>
-  void run(int (*launcher)(const Args*, void*), const Args& args, const char* name) {
+  bool run(int (*launcher)(const Args*, void*), const Args& args, const char* name, int not_taken = 0) {
     STD_TORCH_CHECK(launcher, name, ": the emulator has no such launcher, or could not build it");
     const int error = launcher(&args, stream);
+    if (error && error == not_taken) return false;
 #ifdef HH_EMULATED
     STD_TORCH_CHECK(error == 0, name, " failed with ", error);
 #else
     STD_TORCH_CHECK(error == 0, name, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
 #endif
+    return true;
   }
 
  private:
   void* stream = nullptr;
+  std::vector<Tensor> copies_;
 #ifdef HH_EMULATED
   // Meta tensors have elements and no address; launches for them are recorded, not run, and must be those of tensors that are there.
   static inline void* const NOWHERE = reinterpret_cast<void*>(uintptr_t(1) << 40);
   static bool nowhere(const Tensor& t) { return t.numel() > 0 && !t.const_data_ptr(); }
 #else
   int attribute(cudaDeviceAttr what) const {
-    int device = 0, value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, what, device);
+    int value = 0;
+    cudaDeviceGetAttribute(&value, what, device_);
     return value;
   }
+  int device_ = 0;
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
 
-// HH_CALL(call, hh_cuda_norm_modulate, args): calls the launcher, and throws what went wrong.
+// HH_CALL(call, hh_cuda_norm_modulate, args): calls the launcher, and throws what went wrong. HH_TRY(call, launcher, args, NOT_TAKEN):
+// the same, or false if the launcher returns NOT_TAKEN.
 #ifdef HH_EMULATED
-#define HH_CALL(call, launcher, args) \
-  (call).run(reinterpret_cast<decltype(&launcher)>(hh_find_launcher ? hh_find_launcher(#launcher) : nullptr), args, #launcher)
+#define HH_TRY(call, launcher, args, ...) \
+  (call).run(reinterpret_cast<decltype(&launcher)>(hh_find_launcher ? hh_find_launcher(#launcher) : nullptr), args, #launcher __VA_OPT__(, ) __VA_ARGS__)
 #else
-#define HH_CALL(call, launcher, args) (call).run(&launcher, args, #launcher)
+#define HH_TRY(call, launcher, args, ...) (call).run(&launcher, args, #launcher __VA_OPT__(, ) __VA_ARGS__)
 #endif
+#define HH_CALL(call, launcher, args) HH_TRY(call, launcher, args)
 
 }  // namespace hh
