@@ -111,18 +111,22 @@ class BuildNative(build_ext):
     def build(self, ext: Extension, compile_all: Callable[[Path], list[str]], torch: Path) -> None:
         """Compile and link, unless the library is newer than all it is made of."""
         target = self.get_ext_fullpath(ext.name)
-        if not self.force and not newer_group([*ext.sources, *ext.depends], target, "newer"):
+        stamp = Path(self.build_temp) / f"{ext.name}.archs"
+        archs = " ".join(wanted_archs()) if ext.name == CUDA_LIBRARY else ""
+        same = not archs or (stamp.exists() and stamp.read_text() == archs)
+        if not self.force and same and not newer_group([*ext.sources, *ext.depends], target, "newer"):
             return
         self.compiler.spawn = self.compiler.call = run_compiler  # the first before setuptools 84, the second since
         ext.extra_objects = compile_all(torch)
         ext.sources, ext.library_dirs, ext.libraries = [], [str(torch / "lib")], ["torch_cpu"]
         ext.extra_link_args = SANITIZE
         if ext.name == CUDA_LIBRARY:
-            ext.library_dirs += [str(cuda_home() / "lib64")]
+            ext.library_dirs += cuda_libraries()
             ext.libraries += ["torch_cuda"] if has_cuda(torch) else []
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
-            ext.extra_link_args = []
         super().build_extension(ext)
+        if archs:
+            stamp.write_text(archs)
 
     def why_not(self, torch: Path | None) -> str | None:
         if os.environ.get("HHATTN_NATIVE") == "0":
@@ -157,7 +161,7 @@ class BuildNative(build_ext):
         """Kernels by nvcc, bindings by the C++ compiler."""
         import pybind11
 
-        archs = os.environ.get("HHATTN_CUDA_ARCHS", "").replace(",", " ").split() or known_archs()
+        archs = wanted_archs()
         nvcc = str(find_nvcc())
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,8 +208,28 @@ def cuda_home() -> Path:
     return Path(found[1] if found else Path(nvcc).parents[1]).resolve()
 
 
+def cuda_libraries() -> list[str]:
+    """Folders in which the static runtime may be: a toolkit's own, those of a package of a distribution or of conda."""
+    folders = [cuda_home() / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    return [str(folder) for folder in folders if (folder / "libcudart_static.a").exists()]
+
+
 def has_cuda(torch: Path) -> bool:
     return (torch / "lib/libtorch_cuda.so").exists()
+
+
+def other_cuda(torch: Path, nvcc: str) -> str | None:
+    """What is wrong if nvcc's major version isn't that of the CUDA that torch was built with: nvcc's runtime is linked
+    in, and two of different versions don't share a driver that fits the older one alone."""
+    version = torch / "version.py"
+    of_torch = re.search(r"^cuda\b[^=]*= '(\d+)\.", version.read_text() if version.exists() else "", re.MULTILINE)
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    of_nvcc = re.search(r"release (\d+)\.", said)
+    if not of_torch or not of_nvcc or of_torch[1] == of_nvcc[1]:
+        return None
+    return (
+        f"nvcc is CUDA {of_nvcc[1]}'s and torch CUDA {of_torch[1]}'s; set CUDA_HOME to a toolkit of CUDA {of_torch[1]}"
+    )
 
 
 def why_no_cuda(torch: Path | None) -> str | None:
@@ -214,10 +238,15 @@ def why_no_cuda(torch: Path | None) -> str | None:
     if wanted == "0":
         return "HHATTN_CUDA=0"
     if nvcc and torch and (wanted == "1" or has_cuda(torch)):
-        return None
+        return other_cuda(torch, nvcc)
     if torch and has_cuda(torch):
         return "nvcc was not found (on PATH, or in $CUDA_HOME/bin)"
     return NO_CUDA if not nvcc or not wanted else "torch was not found"
+
+
+def wanted_archs() -> list[str]:
+    """Those of $HHATTN_CUDA_ARCHS, or every one that can be."""
+    return os.environ.get("HHATTN_CUDA_ARCHS", "").replace(",", " ").split() or known_archs()
 
 
 def known_archs() -> list[str]:
