@@ -1,8 +1,8 @@
 """Choose which implementation of an op runs.
 
 Order of authority: ``impl=`` of the call, then :func:`use_impl`, then the environment variable ``HHATTN_IMPL``, then
-the first implementation of :data:`ORDER` that accepts the call. An explicit choice that cannot run raises with its
-reason; an automatic choice falls through and logs the reason once.
+the first implementation of :data:`ORDER` that accepts the call, unless it says itself that a later one is faster. An
+explicit choice that cannot run raises with its reason; an automatic choice falls through and logs the reason once.
 
 A compiled function chooses while it is traced. It is guarded by :func:`use_impl`, inside the function or around its
 call, and by ``impl=``: under another choice it is traced again. Dynamo doesn't guard the environment: set HHATTN_IMPL
@@ -30,13 +30,19 @@ ORDER = ("cuda", "triton", "cpp", "reference")
 NAMES = (*ORDER, "flash")
 
 
+def always(*_: Any, **__: Any) -> None:
+    """``can_run`` of an implementation that takes every valid call."""
+
+
 @dataclass(frozen=True)
 class Impl:
     """One implementation of one op.
 
     ``can_run(*args, **kwargs)`` takes the arguments of ``fn`` and returns None, or the reason why it can't run them.
     Called without arguments by :func:`hhattn.info`, it must answer for this machine alone. ``transforms`` says that
-    ``fn`` is made of torch's own functions, so that derivatives of every kind pass through it.
+    ``fn`` is made of torch's own functions, so that derivatives of every kind pass through it. ``behind``, of the
+    arguments of a call that it can run, says why a later one of :data:`ORDER`, the reference excepted, is to be
+    preferred where it can run too; an explicit choice doesn't ask.
     """
 
     op: str
@@ -44,6 +50,7 @@ class Impl:
     fn: Callable[..., Any]
     can_run: Callable[..., str | None]
     transforms: bool = False
+    behind: Callable[..., str | None] = always
 
     def refuses(self, *args: Any, **kwargs: Any) -> str | None:
         """None, or the reason why it can't run this call, here and now."""
@@ -65,17 +72,18 @@ _forced = _Forced()
 _logged: set[tuple[str, str, str]] = set()
 
 
-def always(*_: Any, **__: Any) -> None:
-    """``can_run`` of an implementation that takes every valid call."""
-
-
 def register(
-    op: str, name: str, can_run: Callable[..., str | None] = always, *, transforms: bool = False
+    op: str,
+    name: str,
+    can_run: Callable[..., str | None] = always,
+    *,
+    transforms: bool = False,
+    behind: Callable[..., str | None] = always,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: make ``fn`` the implementation ``name`` of ``op``."""
 
     def add(fn: Callable[..., Any]) -> Callable[..., Any]:
-        _registry.setdefault(op, {})[name] = Impl(op, name, fn, can_run, transforms)
+        _registry.setdefault(op, {})[name] = Impl(op, name, fn, can_run, transforms, behind)
         return fn
 
     return add
@@ -143,11 +151,17 @@ def call(op: str, impl: str | None, *args: Any, **kwargs: Any) -> Any:
                 f"hhattn.{op}: {source}={chosen!r} can't run this: {reason}; can run it: {', '.join(others) or 'none'}"
             )
         return impls[chosen].fn(*args, **kwargs)
-    reasons = []
+    reasons, spare = [], None
     for name in ORDER:
-        if name in impls:
-            if (reason := impls[name].refuses(*args, **kwargs)) is None:
-                return impls[name].fn(*args, **kwargs)
-            _log_fallback(op, name, reason)
-            reasons.append(f"{name}: {reason}")
+        if name not in impls:
+            continue
+        reason = impls[name].refuses(*args, **kwargs)
+        if reason is None and spare is None and (reason := impls[name].behind(*args, **kwargs)):
+            spare = impls[name]
+        elif reason is None:
+            return (spare if spare and name == "reference" else impls[name]).fn(*args, **kwargs)
+        _log_fallback(op, name, reason)
+        reasons.append(f"{name}: {reason}")
+    if spare:
+        return spare.fn(*args, **kwargs)
     raise RuntimeError(f"hhattn.{op}: no implementation can run this call; {'; '.join(reasons)}")

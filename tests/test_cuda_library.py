@@ -16,7 +16,7 @@ from torch import Tensor
 import hhattn
 from hhattn import BlockMask, simt
 from hhattn.ops import _cuda
-from hhattn.ops.block_sparse_attention import MAX_REACH, cuda_can_run
+from hhattn.ops.block_sparse_attention import MAX_REACH, cuda_can_run, cuda_is_behind
 from hhattn.simt import runtime
 from hhattn.simt.cuda import Kernels
 
@@ -144,3 +144,27 @@ def test_without_tensor_maps_the_other_kernel_runs(tmp_path: Path) -> None:
     assert session.launches["block_sparse_attention"] == session.launches["block_sparse_attention_sm90"] == 1
     with simt.emulate(80):
         assert torch.equal(out, hhattn.block_sparse_attention(q, k, v, mask, impl="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "block", "gradients", "behind"),
+    [
+        ((8, 0), 64, True, None),
+        ((12, 0), 64, True, None),
+        ((9, 0), 64, False, None),
+        ((9, 0), 64, True, "wgmma, this one mma.sync"),
+        ((9, 0), 32, False, "wgmma takes multiples of 64"),
+        ((10, 0), 64, False, "tcgen05"),
+    ],
+    ids=str,
+)
+def test_triton_is_left_what_the_model_says_it_is_faster_at(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], block: int, gradients: bool, behind: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    q = torch.empty(1, 128, 1, 64, device="meta", requires_grad=gradients)
+    mask = BlockMask.from_blocks(
+        torch.ones(1, 1, 128 // block, 128 // block, dtype=torch.bool), block_size=(block, block)
+    )
+    why = cuda_is_behind(q, q, q, mask, 1.0)
+    assert why is None if behind is None else behind in (why or "")

@@ -36,6 +36,14 @@ def test_first_that_accepts() -> None:
     assert _dispatch.call(OP, None, 10) == "reference"
 
 
+def test_one_that_is_behind_leaves_the_call_to_a_later_one_but_the_reference() -> None:
+    _dispatch.register(OP, "cuda", behind=lambda n: "n is odd" if n % 2 else None)(lambda n: "cuda")
+    assert [_dispatch.call(OP, None, n) for n in (1, 2, 11)] == ["cpp", "cuda", "cuda"]
+    assert _dispatch.call(OP, "cuda", 1) == "cuda"
+    with hhattn.use_impl("cuda"):
+        assert _dispatch.call(OP, None, 1) == "cuda"
+
+
 def test_argument_over_context_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HHATTN_IMPL", "reference")
     assert _dispatch.call(OP, None, 1) == "reference"

@@ -75,6 +75,14 @@ def why_not(x: Tensor | None) -> str | None:
     return _no_code(torch.cuda.current_device() if x.device.index is None else x.device.index, module.archs)
 
 
+def arch(x: Tensor) -> int:
+    """The architecture that kernels run on where ``x`` is: 80 for sm_80, as the emulator plays it."""
+    if emulated is not None:
+        return emulated.arch
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
 def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     """Define ``torch.ops.hhattn_cuda.NAME``, with the native operator's schema. ``csrc/cuda/ops`` implements it, on
     CUDA tensors, and in a namespace of its own for the emulator's CPU tensors."""

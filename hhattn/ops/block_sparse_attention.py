@@ -342,6 +342,19 @@ def cuda_can_run(q: Tensor | None = None, *rest: Any) -> str | None:
     return _not_taken("cuda", q, *rest)
 
 
+def cuda_is_behind(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> str | None:
+    """Why Triton's kernels are expected to be faster, by the model of docs/kernels.md: theirs use wgmma and tcgen05
+    where ours, the forward on sm_90 excepted, use mma.sync."""
+    arch = _cuda.arch(q)
+    if 100 <= arch < 120:
+        return f"on sm_{arch} Triton's kernels use tcgen05, these mma.sync"
+    if arch == 90 and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return f"on sm_{arch} Triton's backward uses wgmma, this one mma.sync"
+    if arch == 90 and any(size % 64 for size in mask.block_size):
+        return f"on sm_{arch} blocks of {mask.block_size} go to mma.sync; wgmma takes multiples of 64"
+    return None
+
+
 def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """``namespace``'s operator."""
     if (
@@ -359,4 +372,4 @@ def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale:
 
 _dispatch.register(OP, "cpp", cpp_can_run)(partial(run, "hhattn"))
 _dispatch.register(OP, "triton", triton_can_run)(partial(run, _triton.NAMESPACE))
-_dispatch.register(OP, "cuda", cuda_can_run)(partial(run, _cuda.NAMESPACE))
+_dispatch.register(OP, "cuda", cuda_can_run, behind=cuda_is_behind)(partial(run, _cuda.NAMESPACE))
