@@ -210,7 +210,10 @@ def _sparse(model: Model, phase: str, call: Callable[[], object]) -> CudaCase:
             return ()
         if shape := hopper(launch):
             return [(full + partial) * BLOCK / shape[1] - 1]  # the first run is taken out of the loop
-        return [(full + partial) * BLOCK / (64 if int(launch.parameters[2]) <= 128 else 32)]
+        dims = int(launch.parameters[2])
+        # above 64 dims the forward's warps lie along the queries alone where a block has 128 of them, and take 32 keys
+        few = dims > 128 or (launch.name == "forward" and dims > 64 and int(launch.parameters[3]) == 1)
+        return [(full + partial) * BLOCK / (32 if few else 64)]
 
     def flops(launch: CudaLaunch) -> float:
         return products.get(launch.name, 0) * mask_flops(model)

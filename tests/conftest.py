@@ -33,7 +33,7 @@ NATIVE_ISAS = (
     [] if DEVICE != "cpu" or _ext.why_missing() else [name for name, runs in _ext.library().cpu_isas() if runs]
 )
 IMPLS = ["reference", "cpp", "triton", "cuda"]
-OP_OF = {"test_select": "block_sparse_attention", "test_masks_attention": "block_sparse_attention"}  # others by name
+OP_OF = {"test_masks_attention": "block_sparse_attention"}  # others by name
 
 CUDA_HALF = {"test_block_sparse_attention"}  # tests of kernels that take float16 and bfloat16 alone
 
@@ -44,7 +44,8 @@ def _cuda_runs(module: str) -> bool:
     for stem in pkgutil.iter_modules(hhattn_ops.__path__):
         importlib.import_module(f"hhattn.ops.{stem.name}")  # registers its implementations
     ops = {impl.op for impl in _dispatch.implementations() if impl.name == "cuda"}
-    op = OP_OF.get(module) or next((op for op in sorted(ops, key=len, reverse=True) if op in module), None)
+    named = [impl.op for impl in _dispatch.implementations() if impl.op in module]
+    op = OP_OF.get(module) or max(named, key=len, default=None)
     if DEVICE == "cuda":
         return op in ops and _cuda.why_not(None) is None
     return op in ops and not _triton.interpreted() and shutil.which(os.environ.get("CXX", "g++")) is not None

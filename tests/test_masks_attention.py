@@ -44,10 +44,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 def test_equals_sdpa_with_the_dense_mask(name: str, layout: VideoLayout, order: str, impl: str) -> None:
     mask = examples(layout, block_size=(32, 16), order=order)[name]
     keep = mask.to_dense(order="raster")
-    qkv = inputs(mask)
-    upstream = randn(*qkv[0].shape, seed=7)
+    own = torch.float16 if impl == "cuda" else torch.float32
+    qkv = [x.to(own) for x in inputs(mask)]
+    upstream = randn(*qkv[0].shape, dtype=own, seed=7)
     results: dict[str, list[Tensor]] = {}
-    for what, dtype in (("ours", torch.float32), ("expected", torch.float64), ("baseline", torch.float32)):
+    for what, dtype in (("ours", own), ("expected", torch.float64), ("baseline", own)):
         leaves = [x.to(dtype).requires_grad_() for x in qkv]
         if what == "ours":
             out = block_sparse_attention(*leaves, mask, order="raster", impl=impl)

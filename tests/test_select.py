@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IMPLS
 from helpers import randn, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -225,7 +224,7 @@ def test_a_selection_is_exact_to_the_token(sq: int, sk: int, block: tuple[int, i
         assert torch.equal(mask.to_dense(), chosen | small.to_dense())
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "cpp", "triton"])  # float32
 def test_attention_under_a_selection_is_attention_under_its_dense_form(impl: str) -> None:
     q, k = qk(50, 70, batch=1, dim=16)
     v = randn(1, 70, 2, 16, seed=5)

@@ -110,6 +110,7 @@ _dispatch.register(OP, "reference", transforms=True)(_reference)
 TENSORS = ("x", "scale", "shift", "weight", "bias", "residual", "gate")
 MAX_CHANNELS = 16384  # of the GPU kernels, which hold a row in registers
 MAX_CHANNELS_BACKWARD = 8192  # of the CUDA kernel, which holds a row's sums there too
+FEW_CHANNELS = 512
 MAX_ROWS = 2**31 - 1  # of the CUDA kernels, a row of which is an int32
 
 
@@ -149,6 +150,13 @@ def _cuda_can_run(x: Tensor | None = None, *rest: Tensor | str | float | None) -
     return _not_contiguous(x, *rest)
 
 
+def _cuda_is_behind(x: Tensor, *rest: Tensor | str | float | None) -> str | None:
+    """Why Triton's kernel is expected to be faster, by the model of docs/kernels.md."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *rest)):
+        return "by the model Triton's backward is ahead"
+    return f"by the model Triton is ahead for {x.shape[-1]} channels" if x.shape[-1] <= FEW_CHANNELS else None
+
+
 def _call(namespace: str, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
     *tensors, norm, eps = args
     y, r = getattr(torch.ops, namespace).norm_modulate(*tensors, norm == "layer", eps)
@@ -157,7 +165,7 @@ def _call(namespace: str, *args: Any) -> Tensor | tuple[Tensor, Tensor]:
 
 _dispatch.register(OP, "cpp", _cpp_can_run)(partial(_call, "hhattn"))
 _dispatch.register(OP, "triton", _triton_can_run)(partial(_call, _triton.NAMESPACE))
-_dispatch.register(OP, "cuda", _cuda_can_run)(partial(_call, _cuda.NAMESPACE))
+_dispatch.register(OP, "cuda", _cuda_can_run, behind=_cuda_is_behind)(partial(_call, _cuda.NAMESPACE))
 
 
 def _fake(
