@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_HEAD_DIM = 256
 MAX_GRID = 65535  # blocks of a CUDA grid along its second and third dims
 MAX_REACH = (2**32 - 33) * 8  # elements from a tensor's first to its last, which kernels count in 16 bytes and 32 bits
-LEAST_SCALE = 2.0**-149  # that isn't 0 in float32
+LEAST_SCALE = 2.0**-126  # a smaller one is 0 to GPU kernels: float32 has it with fewer digits, and Triton not at all
 
 
 def block_sparse_attention(
@@ -357,10 +357,10 @@ def cuda_is_behind(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: floa
 
 def run(namespace: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> tuple[Tensor, Tensor]:
     """``namespace``'s operator."""
-    if (
-        namespace == _cuda.NAMESPACE and scale < LEAST_SCALE
-    ):  # its kernels take the largest product for the largest score
-        sign = -1 if scale <= -LEAST_SCALE else 0
+    if namespace != "hhattn" and abs(scale) < LEAST_SCALE:
+        scale = 0.0
+    if namespace == _cuda.NAMESPACE and scale <= 0:  # its kernels take the largest product for the largest score
+        sign = -1 if scale < 0 else 0
         q, scale = q * sign, abs(scale) if sign else 1.0
     columns: tuple[Tensor, ...] = ()
     trained = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
