@@ -97,6 +97,16 @@ def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not session.reports, "\n".join(map(str, session.reports))
 
 
+@pytest.fixture(params=[1, 2], ids="seed{}".format)
+def any_order(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Kernels run on the emulator, in one order and in another; what it reports, or that nothing ran, fails the
+    test."""
+    with simt.emulate(seed=request.param) as session:
+        yield session
+        assert session.launches
+        assert not session.reports, "\n".join(map(str, session.reports))
+
+
 @pytest.fixture(autouse=True)
 def no_default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     """In tests that can be run on a GPU, tensors that nobody gave a device (helpers.DEVICE, or that of another tensor)

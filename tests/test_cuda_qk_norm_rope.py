@@ -19,18 +19,10 @@ pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), 
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(params=[1, 2], ids="seed{}".format)
-def session(request):
-    with simt.emulate(seed=request.param) as session:
-        yield session
-        assert session.launches
-        assert not session.reports, "\n".join(map(str, session.reports))
-
-
 @pytest.mark.parametrize("across_heads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("dim", [2, 32, 36, 112, 128, 250, 256])
-def test_heads_of_any_length(session, dim, dtype, across_heads) -> None:
+def test_heads_of_any_length(any_order, dim, dtype, across_heads) -> None:
     """A head takes 1 to 32 lanes, some idle; vectors of 8 and 4 and single channels; a norm over heads takes warps."""
     for rotate, norm in (("interleaved", "rms"), ("half", "layer")):
         args = ropes.arguments(1, 3, 2, 4, 2, dim, dtype, across_heads=across_heads)
@@ -38,7 +30,7 @@ def test_heads_of_any_length(session, dim, dtype, across_heads) -> None:
 
 
 @pytest.mark.parametrize("across_heads", [False, True])
-def test_models(session, across_heads) -> None:
+def test_models(any_order, across_heads) -> None:
     """Wan's 14 and SANA-Video's heads, more tokens than a block of single norms takes."""
     for heads, dim in ((40, 128), (20, 112)):
         args = ropes.arguments(1, 3 if across_heads else 18, 0, heads, heads, dim, BF16, across_heads=across_heads)
@@ -48,7 +40,7 @@ def test_models(session, across_heads) -> None:
 @pytest.mark.parametrize("rotate", ["interleaved", "half"])
 @pytest.mark.parametrize("across_heads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_gradients_over_pieces(session, dtype, across_heads, rotate) -> None:
+def test_gradients_over_pieces(any_order, dtype, across_heads, rotate) -> None:
     """Three pieces of 16 tokens, the last not full; a block has 16 or 8 at a time, or one."""
     args = ropes.arguments(2, 20, 2, 4, 2, 64, dtype, across_heads=across_heads)
     for norm in ("rms", "layer"):
@@ -57,7 +49,7 @@ def test_gradients_over_pieces(session, dtype, across_heads, rotate) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 20, 1, 6), (2, 20, 1, 6), (1, 20, 4, 6), (2, 20, 4, 6)], ids=str)
 @pytest.mark.parametrize("across_heads", [False, True])
-def test_tables_of_any_shape(session, shape, across_heads) -> None:
+def test_tables_of_any_shape(any_order, shape, across_heads) -> None:
     """Shared by the batch and the heads, or not; in tile order, with text before."""
     layout = hhattn.VideoLayout(1, 5, 4, tile=(2, 2, 3), text_len=3, text_first=True)
     args = ropes.arguments(2, 20, 3, 4, 4, 6, across_heads=across_heads)
@@ -65,7 +57,7 @@ def test_tables_of_any_shape(session, shape, across_heads) -> None:
     check_gradients(args, rotate="half", text_first=True, layout=layout)
 
 
-def test_gradients_of_strided_queries(session) -> None:
+def test_gradients_of_strided_queries(any_order) -> None:
     args = ropes.arguments(2, 18, 0, 6, 6, 10)
     expected = ropes.gradients(lambda **a: hhattn.qk_norm_rope(**a, impl="reference"), args)
 

@@ -1,29 +1,10 @@
-// What the callers and the CPU kernels agree on: plain pointers and strides, no torch, nothing that depends on the
-// instruction set. Strides are in elements; the last dim of every tensor is contiguous.
+// What the callers and the CPU kernels agree on: tensors.h and the arguments of each kernel; nothing that depends on the
+// instruction set.
 #pragma once
 
-#include <cstdint>
+#include "../tensors.h"
 
 namespace hhattn {
-
-enum class DType : int { f32, f16, bf16 };
-
-// A tensor, or none when data is null.
-struct In {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-};
-
-struct Out {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-};
-
-// Rows of [B, S, C].
-struct Rows {
-  In in;
-  int64_t batch = 0, token = 0;
-};
 
 // Rows of [1 or B, F, C], each of which serves tokens_per_row tokens in turn.
 struct Modulation {
@@ -88,12 +69,6 @@ struct NormRope {
   bool across_heads = false, interleaved = true, stream = false;
   float eps = 0;
   int64_t scratch() const { return 3 * heads * dim + 2 * heads + 2 * dim; }
-};
-
-// [B, S, H, D].
-struct Heads {
-  In in;
-  int64_t batch = 0, token = 0, head = 0;
 };
 
 // Gradients of NormRope; dx is contiguous.

@@ -11,11 +11,13 @@
 #define HH_DEVICE __device__ __forceinline__
 #define HH_SITE_ONLY
 #define HH_SITE
+#define HH_HERE
 #else
 #include <cstring>
 #define HH_DEVICE inline __attribute__((always_inline))
 #define HH_SITE_ONLY [[maybe_unused]] ::simt::Site site = ::simt::Site::here()
 #define HH_SITE , HH_SITE_ONLY
+#define HH_HERE , site
 #endif
 
 namespace hh {
@@ -349,52 +351,30 @@ HH_DEVICE float2 unpack<bf16>(uint32_t r) {
   return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
 }
 
-// ---- warps. All 32 lanes; each gets the same bits, as a + b and b + a are.
-HH_DEVICE float warp_sum(float x HH_SITE) {
+// ---- warps. `op` over groups of N lanes side by side; each gets the same bits, as a + b and b + a are.
+template <int N, class Op>
+HH_DEVICE float over_lanes(float x, Op op HH_SITE) {
 #pragma unroll
-  for (int by = 16; by; by /= 2) {
+  for (int by = N / 2; by; by /= 2) {
 #ifdef __CUDACC__
-    x += __shfl_xor_sync(0xffffffffu, x, by);
+    x = op(x, __shfl_xor_sync(0xffffffffu, x, by));
 #else
-    x += __shfl_xor_sync(0xffffffffu, x, by, 32, site);
+    x = op(x, __shfl_xor_sync(0xffffffffu, x, by, 32, site));
 #endif
   }
   return x;
 }
-HH_DEVICE float warp_max(float x HH_SITE) {
-#pragma unroll
-  for (int by = 16; by; by /= 2) {
-#ifdef __CUDACC__
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
-#else
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by, 32, site));
-#endif
-  }
-  return x;
-}
-// Of groups of 4 lanes, which share the rows of a product's fragment.
-HH_DEVICE float quad_sum(float x HH_SITE) {
-#pragma unroll
-  for (int by = 2; by; by /= 2) {
-#ifdef __CUDACC__
-    x += __shfl_xor_sync(0xffffffffu, x, by);
-#else
-    x += __shfl_xor_sync(0xffffffffu, x, by, 32, site);
-#endif
-  }
-  return x;
-}
-HH_DEVICE float quad_max(float x HH_SITE) {
-#pragma unroll
-  for (int by = 2; by; by /= 2) {
-#ifdef __CUDACC__
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
-#else
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by, 32, site));
-#endif
-  }
-  return x;
-}
+struct Sum {
+  HH_DEVICE float operator()(float a, float b) const { return a + b; }
+};
+struct Max {
+  HH_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+HH_DEVICE float warp_sum(float x HH_SITE) { return over_lanes<32>(x, Sum{} HH_HERE); }
+HH_DEVICE float warp_max(float x HH_SITE) { return over_lanes<32>(x, Max{} HH_HERE); }
+// Of the 4 lanes that share rows of a product's fragment.
+HH_DEVICE float quad_sum(float x HH_SITE) { return over_lanes<4>(x, Sum{} HH_HERE); }
+HH_DEVICE float quad_max(float x HH_SITE) { return over_lanes<4>(x, Max{} HH_HERE); }
 
 }  // namespace ptx
 }  // namespace hh

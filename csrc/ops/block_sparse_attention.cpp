@@ -7,10 +7,7 @@ namespace hhattn {
 namespace {
 
 BlockSparse arguments(const Tensor& q, const Tensor& k, const Tensor& v, const BlockMask& mask, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must be [B, S, H, D]");
-  check_sizes(k, {q.size(0), k.size(1), k.size(2), q.size(3)}, "k");
-  check_sizes(v, {q.size(0), k.size(1), k.size(2), v.size(3)}, "v");
-  STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q must have a multiple of k's heads");
+  check_shapes(q, k, v);
   STD_TORCH_CHECK(q.size(3) <= 256 && v.size(3) <= 256, "the head dim must be at most 256");
   STD_TORCH_CHECK(mask.nq == (q.size(1) + mask.bq - 1) / mask.bq, "the mask is for another number of queries");
   BlockSparse a;

@@ -11,10 +11,6 @@ const T* list(const Tensor& t, torch::headeronly::ScalarType type, const char* n
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-struct MaskTensors {
-  const Tensor &counts, &columns, &tiles, &full_counts, &full_columns, &bits;
-};
-
 // Every listed block is there: what kernels follow without looking.
 inline void check_lists(const BlockMask& m, int64_t tiles) {
   for (int64_t row = 0; row < m.batches * m.heads * m.nq; ++row) {
@@ -33,12 +29,7 @@ inline void check_lists(const BlockMask& m, int64_t tiles) {
 
 inline BlockMask block_mask(const MaskTensors& t, int64_t bk, int64_t k_len) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(t.columns.dim() == 4 && t.full_columns.dim() == 4 && t.bits.dim() == 3, "the mask has the wrong shape");
-  const int64_t batches = t.columns.size(0), heads = t.columns.size(1), nq = t.columns.size(2);
-  check_sizes(t.counts, {batches, heads, nq}, "kv_num_blocks");
-  check_sizes(t.tiles, {batches, heads, nq, t.columns.size(3)}, "kv_tiles");
-  check_sizes(t.full_counts, {batches, heads, nq}, "full_kv_num_blocks");
-  check_sizes(t.full_columns, {batches, heads, nq, t.full_columns.size(3)}, "full_kv_indices");
+  check_shapes(t);
   BlockMask m;
   m.counts = list<int32_t>(t.counts, ScalarType::Int, "kv_num_blocks");
   m.columns = list<int32_t>(t.columns, ScalarType::Int, "kv_indices");
@@ -46,13 +37,13 @@ inline BlockMask block_mask(const MaskTensors& t, int64_t bk, int64_t k_len) {
   m.full_counts = list<int32_t>(t.full_counts, ScalarType::Int, "full_kv_num_blocks");
   m.full_columns = list<int32_t>(t.full_columns, ScalarType::Int, "full_kv_indices");
   m.bits = list<uint8_t>(t.bits, ScalarType::Byte, "tiles");
-  m.batches = batches;
-  m.heads = heads;
+  m.batches = t.columns.size(0);
+  m.heads = t.columns.size(1);
   m.width = t.columns.size(3);
   m.full_width = t.full_columns.size(3);
   m.bq = t.bits.size(1);
   m.bk = bk;
-  m.nq = nq;
+  m.nq = t.columns.size(2);
   m.nk = (k_len + bk - 1) / bk;
   check_lists(m, t.bits.size(0));
   return m;

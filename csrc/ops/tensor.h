@@ -1,11 +1,9 @@
 // What every file of ops needs: tensors turned into pointers and strides, work shared among threads. Written against torch's
-// stable ABI, so that one build serves every later torch; only the files beside this one know torch.
+// stable ABI, so that one build serves every later torch; only checks.h and the files beside this one know torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,28 +20,12 @@
 #include <optional>
 #include <tuple>
 
+#include "../checks.h"
 #include "../cpu/isa.h"
 
 namespace hhattn {
 
-using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-inline DType dtype_of(const Tensor& t, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-  }
-}
-
-inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
-  STD_TORCH_CHECK(same, name, " has the wrong shape");
-}
 
 inline In input(const Tensor& t, const char* name) {
   const int64_t last = t.dim() - 1;
@@ -52,9 +34,6 @@ inline In input(const Tensor& t, const char* name) {
 }
 
 inline Out output(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "output")}; }
-
-// A stride that does not move where the size is 1, so that a broadcast dim needs no copy.
-inline int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 // A tensor [B, S, H, D].
 inline Heads heads(const Tensor& t, const char* name) {

@@ -31,17 +31,23 @@ def _inputs() -> list[Tensor]:
     return [q, k, v]
 
 
-def forward(poison: float | None = None) -> None:
-    """out and lse; lse against the formula in float32, which is how exact it is."""
-    (q, k, v), keep = _inputs(), _keep()
+def check_forward(keep: Tensor, block: tuple[int, int], qkv: list[Tensor], poison: float | None) -> None:
+    """out and lse; lse against the formula in float32, which is how exact it is. ``poison``: a value of the sixth key,
+    which nobody attends."""
+    q, k, v = qkv
     expected = dense_formula(q.double(), k.double(), v.double(), keep)
     baseline = dense_formula(q, k, v, keep)[0], dense_formula(q.float(), k.float(), v.float(), keep)[1]
     if poison is not None:
         v[:, 5] = poison
-    mask = BlockMask.from_dense(keep, block_size=BLOCK)
+    mask = BlockMask.from_dense(keep, block_size=block)
     actual = hhattn.block_sparse_attention(q, k, v, mask, return_lse=True, impl="cuda")
     for name, *values in zip(("out", "lse"), actual, expected, baseline, strict=True):
         assert_close_to_fp64(*values, name=name)
+
+
+def forward(poison: float | None = None) -> None:
+    """out and lse."""
+    check_forward(_keep(), BLOCK, _inputs(), poison)
 
 
 def poisoned() -> None:

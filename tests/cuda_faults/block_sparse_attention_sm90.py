@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from helpers import assert_close_to_fp64, randn, strided
-from test_block_sparse_attention import dense_formula, random_keep
+from helpers import randn, strided
+from test_block_sparse_attention import random_keep
 
-import hhattn
 from cuda_faults import NUMBERS, Fault, Run
-from hhattn import BlockMask
+from cuda_faults.block_sparse_attention import check_forward
 
 SHAPE = ("HH_ONE_SHAPE=hh::bf16,64,128,2",)
 
@@ -26,14 +25,7 @@ def forward(poison: float | None = None) -> None:
         for i, shape in enumerate([(sq, 2, 64), (sk, 1, 64), (sk, 1, 64)])
     )
     k *= torch.linspace(0.2, 6, sk)[:, None, None].to(k)
-    expected = dense_formula(q.double(), k.double(), v.double(), keep)
-    baseline = dense_formula(q, k, v, keep)[0], dense_formula(q.float(), k.float(), v.float(), keep)[1]
-    if poison is not None:
-        v[:, 5] = poison
-    mask = BlockMask.from_dense(keep, block_size=block)
-    actual = hhattn.block_sparse_attention(q, k, v, mask, return_lse=True, impl="cuda")
-    for name, *values in zip(("out", "lse"), actual, expected, baseline, strict=True):
-        assert_close_to_fp64(*values, name=name)
+    check_forward(keep, block, [q, k, v], poison)
 
 
 def poisoned() -> None:

@@ -8,10 +8,6 @@
 namespace hh {
 namespace {
 
-struct Mask {
-  const Tensor &counts, &columns, &tiles, &full_counts, &full_columns, &bits;
-};
-
 const int32_t* list(Call& call, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.is_contiguous(), name, " must be contiguous int32");
   STD_TORCH_CHECK(t.numel() <= std::numeric_limits<uint32_t>::max(), name, " has more than 2^32 - 1 entries");
@@ -19,7 +15,7 @@ const int32_t* list(Call& call, const Tensor& t, const char* name) {
 }
 
 // Lists whose batch entries and heads are those of `shape`, [Bm, Hm, ...], `lines` lines of `width` and `full_width` for each.
-BlockSparseMask lists(Call& call, const Mask& m, const Tensor& shape, int64_t lines, int64_t width, int64_t full_width, int64_t bk) {
+BlockSparseMask lists(Call& call, const MaskTensors& m, const Tensor& shape, int64_t lines, int64_t width, int64_t full_width, int64_t bk) {
   STD_TORCH_CHECK(m.bits.scalar_type() == ScalarType::Byte && m.bits.is_contiguous() && m.bits.dim() == 3, "tiles must be uint8 [T, bq, ceil(bk / 8)]");
   BlockSparseMask out;
   out.counts = list(call, m.counts, "kv_num_blocks");
@@ -53,23 +49,17 @@ Heads heads(Call& call, const Tensor& given, const char* name) {
   return out;
 }
 
-void arguments(Call& call, BlockSparseArgs& a, const Tensor& q, const Tensor& k, const Tensor& v, const Mask& mask, int64_t bk,
+void arguments(Call& call, BlockSparseArgs& a, const Tensor& q, const Tensor& k, const Tensor& v, const MaskTensors& mask, int64_t bk,
                double scale) {
   a.q = heads(call, q, "q");
   a.k = heads(call, k, "k");
   a.v = heads(call, v, "v");
-  check_sizes(k, {q.size(0), k.size(1), k.size(2), q.size(3)}, "k");
-  check_sizes(v, {q.size(0), k.size(1), k.size(2), v.size(3)}, "v");
+  check_shapes(q, k, v);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
-  STD_TORCH_CHECK(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q must have a multiple of k's heads");
   STD_TORCH_CHECK(scale > 0, "scale must be positive");
-  STD_TORCH_CHECK(mask.columns.dim() == 4 && mask.full_columns.dim() == 4, "the mask has the wrong shape");
+  check_shapes(mask);
   const int64_t batches = mask.columns.size(0), mask_heads = mask.columns.size(1), lines = mask.columns.size(2);
   STD_TORCH_CHECK((batches == 1 || batches == q.size(0)) && (mask_heads == 1 || mask_heads == q.size(2)), "the mask is for other heads");
-  check_sizes(mask.counts, {batches, mask_heads, lines}, "kv_num_blocks");
-  check_sizes(mask.tiles, {batches, mask_heads, lines, mask.columns.size(3)}, "kv_tiles");
-  check_sizes(mask.full_counts, {batches, mask_heads, lines}, "full_kv_num_blocks");
-  check_sizes(mask.full_columns, {batches, mask_heads, lines, mask.full_columns.size(3)}, "full_kv_indices");
   a.mask = lists(call, mask, mask.columns, lines, mask.columns.size(3), mask.full_columns.size(3), bk);
   STD_TORCH_CHECK(lines == (q.size(1) + a.mask.bq - 1) / a.mask.bq, "the mask is for another number of queries");
   a.batch = q.size(0);

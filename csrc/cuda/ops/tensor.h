@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../../checks.h"
 #include "../args.h"
 
 #ifdef HH_EMULATED
@@ -38,26 +39,9 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 namespace hh {
 
 using torch::headeronly::ScalarType;
+using hhattn::check_shapes, hhattn::check_sizes, hhattn::dtype_of, hhattn::MaskTensors, hhattn::step;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-
-inline DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-  }
-}
-
-inline void check_sizes(const Tensor& t, std::initializer_list<int64_t> sizes, const char* name) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == sizes.begin()[d];
-  STD_TORCH_CHECK(same, name, " has the wrong shape");
-}
-
-// A stride that does not move where the size is 1, so that a broadcast dim needs no copy.
-inline int64_t step(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
 
 // A tensor that may be missing, as outputs of an operator can't: it is empty then.
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }

@@ -18,10 +18,14 @@ RMS_NORMS = ("RMSNorm",)
 
 
 class Processor:
-    """What diffusers sets on every processor of a model: an attention backend, which is :func:`hhattn.swap`'s here (its
-    report says so), and the settings of context parallelism, which are refused."""
+    """What the processors of swapped layers have: what they attend, and whether the norms of q and k and their rotation
+    are fused; and what diffusers sets on every processor of a model: an attention backend, which is
+    :func:`hhattn.swap`'s here (its report says so), and the settings of context parallelism, which are refused."""
 
     _attention_backend: Any = None
+
+    def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
+        self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     @property
     def _parallel_config(self) -> None:

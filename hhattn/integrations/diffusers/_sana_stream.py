@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import hhattn
+from hhattn.integrations.diffusers._blocks import Processor
 from hhattn.integrations.diffusers._qk import heads, norm_rope, why_not_fused
 from hhattn.integrations.swap import Swap
 
@@ -151,7 +152,7 @@ class Stream:
         return mixed.permute(0, 2, 3, 1).view(batch, frames, height, width, channels)
 
 
-class _Attention:
+class _Attention(Processor):
     """SANA-Video's linear self-attention of a chunk, with what its layer remembers."""
 
     def __init__(self, stream: Stream, layer: int, own: Any) -> None:

@@ -11,7 +11,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import Processor, argument, layer_norm, swap_attention, swap_forward
 from hhattn.integrations.diffusers._choose import attention_of
 from hhattn.integrations.diffusers._qk import heads, norm_rope
@@ -21,9 +20,6 @@ from hhattn.layout import VideoLayout
 
 class JointAttentionProcessor(Processor):
     """Does what diffusers' ``CogVideoXAttnProcessor2_0`` does. A mask is refused, not ignored."""
-
-    def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
-        self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     def __call__(
         self,

@@ -28,7 +28,8 @@ class JointAttentionProcessor(Processor):
     out at padding is not always the same, and nobody attends it."""
 
     def __init__(self, attend: Attend, fuse_norms: bool, padding: Padding, fuse_rope: bool = True) -> None:
-        self.attend, self.padding, self.fuse_norms, self.fuse_rope = attend, padding, fuse_norms, fuse_rope
+        super().__init__(attend, fuse_norms, fuse_rope)
+        self.padding = padding
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_ltx2 import (
 from torch import Tensor
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend, DenseAttention
+from hhattn.integrations.diffusers._attention import DenseAttention
 from hhattn.integrations.diffusers._blocks import (
     RMS_NORMS,
     Processor,
@@ -37,9 +37,6 @@ NORMS = (*STREAM_NORMS, *(f"audio_{n}" for n in STREAM_NORMS), "audio_to_video_n
 
 class SelfAttentionProcessor(Processor):
     """Does what diffusers' ``LTX2AudioVideoAttnProcessor`` and ``LTX2PerturbedAttnProcessor`` do for self-attention."""
-
-    def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
-        self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     def __call__(
         self,

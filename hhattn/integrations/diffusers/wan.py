@@ -10,7 +10,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
 import hhattn
-from hhattn.integrations.diffusers._attention import Attend
 from hhattn.integrations.diffusers._blocks import (
     Processor,
     argument,
@@ -27,9 +26,6 @@ from hhattn.layout import VideoLayout
 
 class SelfAttentionProcessor(Processor):
     """Does what diffusers' ``WanAttnProcessor`` does for self-attention."""
-
-    def __init__(self, attend: Attend, fuse_norms: bool = True, fuse_rope: bool = True) -> None:
-        self.attend, self.fuse_norms, self.fuse_rope = attend, fuse_norms, fuse_rope
 
     def __call__(
         self,
